@@ -1,0 +1,1 @@
+//! The embedded provider: sparse files as volumes, loop devices as attachments.

@@ -1,0 +1,197 @@
+//! The cloud: one trait, its views, and its errors in the three kinds that decide what happens next.
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::model::{DiskName, Fence, JobId, Mark, RecordId, Slot, Timestamp, VmId, VolumeId};
+
+pub mod loopdev;
+
+/// What a failed call means. The kind, not the words, decides what the engine does.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CloudError {
+    /// The cloud said no; nothing was changed.
+    #[error("{words}")]
+    Refused {
+        /// What kind of no.
+        why: Refusal,
+        /// The cloud's words, with its code if it gave one.
+        words: String,
+    },
+    /// Nothing was started.
+    #[error("{words}")]
+    Unreachable {
+        /// What was tried and what failed.
+        words: String,
+    },
+    /// It may or may not have happened: only looking decides.
+    #[error("{words}")]
+    Ambiguous {
+        /// What was tried and what failed.
+        words: String,
+    },
+}
+
+/// Kinds of a refusal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// Another state than the call needs, e.g. the volume is attached elsewhere.
+    Conflict,
+    /// Somebody uses the device: found by the provider's own race-free test.
+    InUse,
+    /// No such volume.
+    NoVolume,
+    /// No such VM.
+    NoVm,
+    /// No space.
+    Capacity,
+    /// Over the account's limits.
+    Quota,
+    /// This provider cannot do that.
+    Unsupported,
+    /// The mark was not the expected one: the one found.
+    Mark(Option<Mark>),
+    /// It passes by itself: try again.
+    Passing,
+    /// Anything else.
+    Other,
+}
+
+/// Where the cloud says a volume is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// To which VM.
+    pub vm: VmId,
+    /// Its place in the VM's order of disks, where the cloud tells.
+    pub device_id: Option<u32>,
+}
+
+/// A volume as the cloud shows it, in one answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CloudVolume {
+    /// Its id.
+    pub id: VolumeId,
+    /// Its name for people.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// The cloud's own word for its state.
+    pub state: String,
+    /// Where it is attached.
+    pub attached: Option<Attachment>,
+    /// Whose it is.
+    pub mark: Option<Mark>,
+    /// Set when it must never be claimed (device id 0 of this host), with the reason.
+    pub carries_host: Option<String>,
+}
+
+/// What a VM is, as far as volfs cares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmFacts {
+    /// Whether it may be writing to its disks. Anything but certainly stopped counts as running.
+    pub running: bool,
+    /// Whether a disk holds device id 0.
+    pub has_root: bool,
+}
+
+/// What to create.
+#[derive(Debug, Clone)]
+pub struct NewVolume {
+    /// Identifies this creation: a repeat with the same fence finds the first one's volume.
+    pub fence: Fence,
+    /// At least so many bytes.
+    pub size: u64,
+    /// Name for people.
+    pub name: String,
+    /// Offering, where the provider has such.
+    pub offering: Option<String>,
+    /// Zone, where the provider has such.
+    pub zone: Option<String>,
+    /// The mark it carries from the first moment.
+    pub label: Label,
+}
+
+/// A mark with the names beside it, for people and for rebuilding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Label {
+    /// The mark proper.
+    pub mark: Mark,
+    /// The owning job's name.
+    pub job: JobId,
+    /// The disk's name.
+    pub disk: DiskName,
+}
+
+/// What a survey is asked to show.
+#[derive(Debug, Clone, Default)]
+pub struct Survey {
+    /// These volumes, wherever they are.
+    pub volumes: Vec<VolumeId>,
+    /// All volumes of these VMs.
+    pub vms: Vec<VmId>,
+    /// All that carry this record's mark.
+    pub record: Option<RecordId>,
+}
+
+/// What a provider is and can do; constant while the daemon runs.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// Its name, as in `--provider`.
+    pub name: &'static str,
+    /// This host's own VM id.
+    pub host: VmId,
+    /// Most disks this host can have attached.
+    pub most_disks: u32,
+    /// Whether a device can be pulled from its users (`force`).
+    pub can_force: bool,
+    /// Whether snapshots exist.
+    pub snapshots: bool,
+    /// Whether `detach` here tests for users by itself, race-free, and therefore needs volfs's own
+    /// descriptors on the device closed first (kernel fact 14).
+    pub detach_wants_sole_opener: bool,
+    /// Whether the cloud's size and the kernel's must be equal, or the kernel's may be larger.
+    pub exact_size: bool,
+}
+
+/// The cloud. Every call looks before it acts, so each may be repeated.
+#[async_trait]
+pub trait Cloud: Send + Sync {
+    /// What this provider is.
+    fn about(&self) -> &About;
+
+    /// One volume, or `None` if the cloud knows no such.
+    async fn find(&self, volume: VolumeId) -> Result<Option<CloudVolume>, CloudError>;
+
+    /// The volume that an earlier [`Cloud::create`] with this fence made, if it did.
+    async fn find_created(&self, fence: Fence) -> Result<Option<CloudVolume>, CloudError>;
+
+    /// Several volumes in one answer.
+    async fn survey(&self, survey: &Survey) -> Result<Vec<CloudVolume>, CloudError>;
+
+    /// Makes a volume that carries its mark from the first moment.
+    async fn create(&self, new: &NewVolume) -> Result<CloudVolume, CloudError>;
+
+    /// Attaches; success when it is attached there already.
+    async fn attach(&self, volume: VolumeId, vm: VmId, slot: Option<Slot>) -> Result<(), CloudError>;
+
+    /// Detaches from that VM; success when it is not attached there.
+    async fn detach(&self, volume: VolumeId, vm: VmId, force: bool) -> Result<(), CloudError>;
+
+    /// Grows to at least `size` bytes; success when it has that already. Answers the new size.
+    async fn resize(&self, volume: VolumeId, size: u64) -> Result<u64, CloudError>;
+
+    /// Deletes a detached volume; answers until when it can be recovered. Success when it is gone.
+    async fn delete(&self, volume: VolumeId, expunge: bool) -> Result<Option<Timestamp>, CloudError>;
+
+    /// Replaces the mark if it is exactly `expect`, else [`Refusal::Mark`]. `new` `None` clears it.
+    /// Success when the mark is `new` already.
+    async fn exchange_mark(
+        &self,
+        volume: VolumeId,
+        expect: Option<Mark>,
+        new: Option<&Label>,
+    ) -> Result<(), CloudError>;
+
+    /// A VM, or `None` if the cloud knows no such.
+    async fn vm(&self, vm: VmId) -> Result<Option<VmFacts>, CloudError>;
+}

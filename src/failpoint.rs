@@ -1,0 +1,101 @@
+//! Named points at which a test build can be killed, held, or made to fail.
+//!
+//! `VOLFS_FAILPOINTS="NAME=ACTION[;NAME=ACTION…]"`; actions are `kill` (SIGKILL to ourselves),
+//! `panic`, `fail` ([`hit`] answers true) and `wait:PATH` (stays while PATH exists). Compiled to
+//! nothing in release builds without the feature `failpoints`.
+
+#[cfg(any(debug_assertions, feature = "failpoints"))]
+mod live {
+    use std::collections::HashMap;
+    use std::path::{Path, PathBuf};
+    use std::sync::OnceLock;
+    use std::time::Duration;
+
+    enum What {
+        Kill,
+        Panic,
+        Fail,
+        Wait(PathBuf),
+    }
+
+    static POINTS: OnceLock<HashMap<String, What>> = OnceLock::new();
+
+    fn find(name: &str) -> Option<&'static What> {
+        let points = POINTS.get_or_init(|| {
+            let text = std::env::var("VOLFS_FAILPOINTS").unwrap_or_default();
+            let mut points = HashMap::new();
+            for (name, what) in text.split(';').filter_map(|p| p.split_once('=')) {
+                let what = match what {
+                    "kill" => What::Kill,
+                    "panic" => What::Panic,
+                    "fail" => What::Fail,
+                    other => match other.strip_prefix("wait:") {
+                        Some(path) => What::Wait(PathBuf::from(path)),
+                        None => panic!("VOLFS_FAILPOINTS: unknown action {other}"),
+                    },
+                };
+                points.insert(name.to_owned(), what);
+            }
+            points
+        });
+        if points.is_empty() { None } else { points.get(name) }
+    }
+
+    fn there(path: &Path) -> bool {
+        path.symlink_metadata().is_ok()
+    }
+
+    const LOOK_EVERY: Duration = Duration::from_millis(2);
+
+    fn act(name: &str, what: &What) -> bool {
+        match what {
+            What::Kill => {
+                // A process can always signal itself; were it refused, abort is as sudden.
+                let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+                std::process::abort()
+            }
+            What::Panic => panic!("failpoint {name}"),
+            What::Fail => true,
+            What::Wait(_) => false,
+        }
+    }
+
+    /// Acts on this thread; true when the caller is to fail.
+    pub fn hit(name: &str) -> bool {
+        let Some(what) = find(name) else { return false };
+        if let What::Wait(path) = what {
+            while there(path) {
+                std::thread::sleep(LOOK_EVERY);
+            }
+        }
+        act(name, what)
+    }
+
+    /// As [`hit`], for async code: waiting holds no thread.
+    pub async fn reach(name: &str) -> bool {
+        let Some(what) = find(name) else { return false };
+        if let What::Wait(path) = what {
+            while there(path) {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        }
+        act(name, what)
+    }
+}
+
+#[cfg(not(any(debug_assertions, feature = "failpoints")))]
+mod live {
+    /// Nothing, in this build.
+    #[inline(always)]
+    pub fn hit(_name: &str) -> bool {
+        false
+    }
+
+    /// Nothing, in this build.
+    #[inline(always)]
+    pub async fn reach(_name: &str) -> bool {
+        false
+    }
+}
+
+pub use live::{hit, reach};

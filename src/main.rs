@@ -1,0 +1,3 @@
+//! The volfs program.
+
+fn main() {}
