@@ -117,11 +117,15 @@ pub enum Error {
     VmRunning { volume: VolumeId, vm: VmId },
     #[error("VM {vm} {why}")]
     VmNotReady { vm: VmId, why: &'static str },
+    #[error("the cloud finds volume {volume} busy for {what}: {words}")]
+    CloudBusy { volume: VolumeId, what: String, words: String },
     #[error("this provider cannot pull a device from its users, so force changes nothing: volume {volume}")]
     CannotForce { volume: VolumeId },
     // E5
     #[error("volume {volume} has no verified device on this host (it is {status})")]
     NoDevice { volume: VolumeId, status: Status },
+    #[error("the volume is in this directory no more: it was released, moved or deleted; use the path again")]
+    Departed,
     #[error("this cannot be told now: {why}")]
     CannotTell { why: String },
     #[error("what was here was released, moved or forgotten: use the path again")]
@@ -149,6 +153,8 @@ pub enum Error {
     Interrupted,
     #[error("cancelled before its next step; what was done stays done, repeat the command to finish")]
     Cancelled,
+    #[error("`{what}` was interrupted by a restart of volfs before it had begun: nothing was changed, repeat it")]
+    LeftBehind { what: String },
     #[error("operation {id} was abandoned: the volume is unknown until it is reconciled")]
     Abandoned { id: OpId },
     // E9, E10
@@ -215,8 +221,9 @@ impl Error {
             | OwnedByRecord { .. }
             | VmRunning { .. }
             | VmNotReady { .. }
+            | CloudBusy { .. }
             | CannotForce { .. } => Errno::EBUSY,
-            NoDevice { .. } => Errno::ENODEV,
+            NoDevice { .. } | Departed => Errno::ENODEV,
             CannotTell { .. } => Errno::ENODATA,
             Stale => Errno::ESTALE,
             Held { .. }
@@ -228,7 +235,7 @@ impl Error {
             ReadOnly { .. } => Errno::EROFS,
             TimedOut { .. } => Errno::ETIMEDOUT,
             Interrupted => Errno::EINTR,
-            Cancelled => Errno::ECANCELED,
+            Cancelled | LeftBehind { .. } => Errno::ECANCELED,
             CloudRefused { .. } => Errno::EREMOTEIO,
             CloudUnreachable { .. } | CloudAmbiguous { .. } | NotSettled { .. } | Abandoned { .. } => {
                 Errno::EHOSTUNREACH

@@ -385,6 +385,21 @@ impl DiskIdentity {
         }
     }
 
+    /// The lowest and the highest id that it could name, to look up by before [`DiskIdentity::names`] decides.
+    pub fn first_and_last(&self) -> Option<(VolumeId, VolumeId)> {
+        let text = match self {
+            DiskIdentity::LoopTag(tag) => tag.strip_prefix("volfs:")?,
+            DiskIdentity::VirtioSerial(serial) | DiskIdentity::Serial(serial) => serial,
+            DiskIdentity::None => return None,
+        };
+        let hex: String = text.chars().filter(|c| *c != '-').take(20).collect::<String>().to_ascii_lowercase();
+        if hex.len() != 20 {
+            return None;
+        }
+        let id = |fill: char| Uuid::try_parse(&format!("{hex}{}", fill.to_string().repeat(12))).ok().map(VolumeId);
+        Some((id('0')?, id('f')?))
+    }
+
     /// The text shown in a volume's `serial` file; empty when there is none.
     pub fn text(&self) -> &str {
         match self {
@@ -704,6 +719,9 @@ mod tests {
         assert!(!DiskIdentity::LoopTag(DiskIdentity::loop_tag(w)).names(v));
         assert!(DiskIdentity::loop_tag(v).len() < 64);
         assert!(!DiskIdentity::None.names(v));
+        let (first, last) = DiskIdentity::VirtioSerial("2aff4799111142228333".into()).first_and_last().unwrap();
+        assert!(first <= v && v <= last);
+        assert_eq!(DiskIdentity::VirtioSerial("2aff".into()).first_and_last(), None);
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl Events {
         Self { ring: Mutex::new(Ring { next: 0, kept: VecDeque::new(), most }), wake: Mutex::new(None) }
     }
 
-    /// Calls `wake` after every push.
+    /// Calls `wake` whenever [`Events::wake`] is called: after pushes, outside the engine's locks.
     pub fn on_push(&self, wake: Wake) {
         *self.wake.lock() = Some(wake);
     }
@@ -69,16 +69,18 @@ impl Events {
 
     /// Adds an event; `line` gets the event's number.
     pub fn push(&self, job: Option<JobRow>, line: impl FnOnce(u64) -> String) {
-        {
-            let mut ring = self.ring.lock();
-            let seq = ring.next;
-            ring.next += 1;
-            if ring.kept.len() == ring.most {
-                ring.kept.pop_front();
-            }
-            let line = line(seq).into();
-            ring.kept.push_back(Event { seq, job, line });
+        let mut ring = self.ring.lock();
+        let seq = ring.next;
+        ring.next += 1;
+        if ring.kept.len() == ring.most {
+            ring.kept.pop_front();
         }
+        let line = line(seq).into();
+        ring.kept.push_back(Event { seq, job, line });
+    }
+
+    /// Tells the readers that something was pushed.
+    pub fn wake(&self) {
         let wake = self.wake.lock().clone();
         if let Some(wake) = wake {
             wake();

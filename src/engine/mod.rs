@@ -1,19 +1,77 @@
 //! The engine: takes commands, runs operations, reconciles, publishes.
+//!
+//! ```text
+//! fs ── submit ──► admission (pure) ──► Live ──► drive: journal, act, prove, record ──► Ticket
+//!                      ▲                             │
+//!     world() ◄── publish (the one place) ◄──────────┤◄── round / look_at / follow (reconcile)
+//! ```
+//! It knows traits only: [`Store`], [`Cloud`], [`Devices`], and a clock. Its one lock guards memory
+//! work and is never held over an await, a commit or a callback. Every method here returns at once.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use crate::command::{Action, Command};
-use crate::error::{Errno, Error};
-use crate::model::{Caller, DevNo, DiskRow, Holder, Incarnation, JobId, JobRow, MapRow};
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
 
+use crate::cloud::{About, Cloud};
+use crate::command::{self, Action, Command};
+use crate::devices::Devices;
+use crate::error::{Errno, Error};
+use crate::model::{
+    Caller, DevNo, DiskRow, Holder, Incarnation, JobRow, MapRow, OpId, Outcome, RecordId, Status, Timestamp, Verb, VmId,
+};
+use crate::store::Store;
+
+mod admission;
+mod core;
 pub mod events;
+mod jobs;
+mod operation;
+mod ownership;
+mod reconcile;
+mod recovery;
+mod round;
+mod start;
+#[cfg(test)]
+mod tests;
 pub mod ticket;
+mod volume;
 pub mod world;
 
 pub use events::Events;
 pub use ticket::Ticket;
 pub use world::World;
+
+use admission::{Situation, Verdict, admit};
+use core::Core;
+use jobs::in_flight;
+
+/// The wall clock, as the engine takes it.
+pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
+/// Longest wait of a caller whose process volfs cannot see (contract, Commands).
+const BLIND_WAIT: Duration = Duration::from_secs(100);
+
+/// How the engine is set up.
+#[derive(Clone)]
+pub struct Options {
+    /// Between rounds of reconciling.
+    pub interval: Duration,
+    /// Between two looks before a volume's absence is believed (row V6).
+    pub absence_gap: Duration,
+    /// Whether the kernel's size must equal the cloud's, or may be larger (rule D3).
+    pub exact_size: bool,
+    /// Why every changing command is EROFS, if it is.
+    pub read_only: Option<String>,
+    /// Rows of `history` at the root.
+    pub history: usize,
+    /// Events kept for slow readers.
+    pub events: usize,
+    /// Wall clock.
+    pub clock: Clock,
+}
 
 /// What a command was written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -47,11 +105,10 @@ pub struct Submitted {
     /// How long this caller waits at most; `None`: until a signal.
     pub deadline: Option<Duration>,
     /// The operation behind it, if one runs: for the sentence when the caller stops waiting.
-    pub op: Option<crate::model::OpId>,
+    pub op: Option<OpId>,
 }
 
-/// What a caller that stops waiting was told; the engine writes it into `error`, and stops a
-/// `destroy` whose caller was interrupted.
+/// Why a caller stops waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Left {
     /// A signal: EINTR.
@@ -60,76 +117,534 @@ pub enum Left {
     TimedOut(Duration),
 }
 
-/// The core. Cheap to share; every method returns at once.
-pub struct Engine {}
+/// The core. Made by [`Engine::start`].
+pub struct Engine {
+    me: Weak<Engine>,
+    core: Mutex<Core>,
+    world: ArcSwap<World>,
+    events: Events,
+    watchers: Mutex<Vec<Watcher>>,
+    store: Arc<dyn Store>,
+    cloud: Arc<dyn Cloud>,
+    devices: Arc<dyn Devices>,
+    clock: Clock,
+    about: About,
+    host: VmId,
+    record: RecordId,
+    exact_size: bool,
+    interval: Duration,
+    absence_gap: Duration,
+    read_only: Option<Arc<str>>,
+    runtime: tokio::runtime::Handle,
+    round_wanted: Arc<Notify>,
+    closing: Arc<Notify>,
+    rounds: tokio::sync::Mutex<()>,
+}
 
-#[allow(unused_variables, missing_docs)]
+type Watcher = Arc<dyn Fn(&Arc<World>) + Send + Sync>;
+
 impl Engine {
     /// The published snapshot.
     pub fn world(&self) -> Arc<World> {
-        unimplemented!()
+        self.world.load_full()
     }
+
     /// The event stream.
     pub fn events(&self) -> &Events {
-        unimplemented!()
+        &self.events
     }
+
     /// Calls `f` after each publish, on the publishing thread, outside the engine's locks.
-    pub fn on_publish(&self, f: Arc<dyn Fn(&Arc<World>) + Send + Sync>) {
-        unimplemented!()
+    pub fn on_publish(&self, f: Watcher) {
+        self.watchers.lock().push(f);
     }
+
     /// Admits a command and starts it. An immediate refusal is a ticket that is done.
     pub fn submit(&self, target: Target, command: Command, caller: Caller) -> Submitted {
-        unimplemented!()
+        let wanted = command.timeout.map_or(command.action.verb().default_timeout(), |t| (!t.is_zero()).then_some(t));
+        let deadline = if caller.pid == 0 { Some(wanted.map_or(BLIND_WAIT, |t| t.min(BLIND_WAIT))) } else { wanted };
+        let nowait = command.nowait;
+        let submitted = self.submit_as(target, command.action, &Arc::new(caller), None);
+        let ticket = match submitted.op {
+            Some(id) if nowait => self.core.lock().live.get(&id).map_or(submitted.ticket, |l| l.journaled.clone()),
+            _ => submitted.ticket,
+        };
+        Submitted { ticket, deadline, op: submitted.op }
     }
-    /// Allowed now? For reading `control`: `Ok` text of what would happen, `Err` why not.
-    pub fn would(&self, world: &World, target: Target, action: &Action) -> Result<(), Error> {
-        unimplemented!()
+
+    /// As [`Engine::submit`], possibly as a part of a job's operation.
+    fn submit_as(&self, target: Target, action: Action, caller: &Arc<Caller>, parent: Option<OpId>) -> Submitted {
+        self.try_submit(target, action, caller, parent, true)
     }
-    /// A write that did not parse: its sentence goes to `error`.
-    pub fn note_failure(&self, target: Target, verb: &str, caller: &Caller, error: &Error) {
-        unimplemented!()
-    }
-    /// The caller of `submitted` stopped waiting.
-    pub fn caller_left(
+
+    fn try_submit(
         &self,
         target: Target,
-        command: &Command,
-        op: Option<crate::model::OpId>,
+        action: Action,
+        caller: &Arc<Caller>,
+        parent: Option<OpId>,
+        reconcile_first: bool,
+    ) -> Submitted {
+        let done = |outcome| Submitted { ticket: Ticket::done(outcome), deadline: None, op: None };
+        let Some(engine) = self.me.upgrade() else { return done(Err(Error::ShuttingDown)) };
+        if let Err(error) = self.changing() {
+            self.note_failure(target, action.verb().as_str(), caller, &error);
+            return done(Err(error));
+        }
+        let verb = action.verb();
+        // Decided and begun under one lock, so that two equal commands cannot both start.
+        let (verdict, begun) = {
+            let mut core = self.core.lock();
+            let verdict = self.decide(&core, target, &action, caller, parent);
+            let journaled = !matches!(verb, Verb::Reconcile | Verb::Cancel | Verb::Abandon);
+            let begun = (verdict == Verdict::Start && journaled).then(|| {
+                let at = (self.clock)();
+                core.watch_vm(&action, self.host);
+                core.begin(target, action.clone(), caller.clone(), parent, at)
+            });
+            (verdict, begun)
+        };
+        if let Some(live) = begun {
+            self.publish(|_, _| ());
+            let (ticket, id) = (live.ticket.clone(), live.id);
+            self.runtime.spawn(engine.drive(live));
+            return Submitted { ticket, deadline: None, op: Some(id) };
+        }
+        match verdict {
+            Verdict::Join(id) => {
+                let ticket = self.publish(|core, _| {
+                    core.joined(id);
+                    core.live.get(&id).map(|l| l.ticket.clone())
+                });
+                // It ended between the two locks: its outcome is in the record, ask again.
+                match ticket {
+                    Some(ticket) => Submitted { ticket, deadline: None, op: Some(id) },
+                    None => self.try_submit(target, action, caller, parent, reconcile_first),
+                }
+            }
+            Verdict::AlreadyDone => {
+                self.publish(|core, at| core.clear_error(target, verb, at));
+                done(Ok(()))
+            }
+            Verdict::Deny(error) => {
+                self.note_failure(target, verb.as_str(), caller, &error);
+                done(Err(error))
+            }
+            Verdict::Start => done_later(&self.runtime, {
+                let caller = caller.clone();
+                async move { engine.unjournaled(target, action, &caller).await }
+            }),
+            Verdict::Reconcile => done_later(&self.runtime, {
+                let caller = caller.clone();
+                async move { engine.reconcile_then(target, action, &caller, parent, reconcile_first).await }
+            }),
+        }
+    }
+
+    /// Row R of the table: find out, then ask again once.
+    async fn reconcile_then(
+        self: Arc<Self>,
+        target: Target,
+        action: Action,
+        caller: &Arc<Caller>,
+        parent: Option<OpId>,
+        first: bool,
+    ) -> Result<(), Error> {
+        let unknown: Vec<DiskRow> = {
+            let world = self.world();
+            let rows: Vec<DiskRow> = match target {
+                Target::Volume(row) => vec![row],
+                Target::Job(row) => {
+                    world.jobs.get(&row).map(|j| j.disks.values().copied().collect()).unwrap_or_default()
+                }
+                Target::Root => Vec::new(),
+            };
+            let unclear = |row: &DiskRow| world.volumes.get(row).is_some_and(|v| v.base == Status::Unknown);
+            rows.into_iter().filter(unclear).collect()
+        };
+        let mut outcome = Ok(());
+        for row in unknown {
+            let settled = self.settle_volume(row).await;
+            outcome = outcome.and(settled);
+        }
+        if let (Err(error), true) | (Err(error), false) = (&outcome, first)
+            && matches!(error, Error::NotSettled { status: Status::Unknown, .. })
+        {
+            self.note_failure(target, action.verb().as_str(), caller, error);
+            return outcome;
+        }
+        if !first {
+            let error = Error::CannotTell { why: "it became unknown again while it was reconciled".into() };
+            self.note_failure(target, action.verb().as_str(), caller, &error);
+            return Err(error);
+        }
+        self.try_submit(target, action, caller, parent, false).ticket.wait().await
+    }
+
+    /// Commands that change nothing by themselves, and are not journaled.
+    async fn unjournaled(self: Arc<Self>, target: Target, action: Action, caller: &Caller) -> Result<(), Error> {
+        let verb = action.verb();
+        let outcome = match (target, &action) {
+            (Target::Volume(row), Action::Reconcile { .. }) => self.settle_volume(row).await,
+            (_, Action::Reconcile { vm }) => {
+                if let Some(vm) = vm {
+                    self.publish(|core, _| core.watch(*vm));
+                }
+                self.round().await
+            }
+            (Target::Job(row), Action::Cancel { id: None }) => self.cancel_job(row),
+            (_, Action::Cancel { id: Some(id) }) => self.cancel(*id),
+            (_, Action::Abandon { id }) => self.abandon(*id, caller).await,
+            _ => Err(Error::Internal { what: format!("`{verb}` has no way to be done here") }),
+        };
+        match &outcome {
+            Ok(()) => self.publish(|core, at| core.clear_error(target, verb, at)),
+            Err(error) => self.note_failure(target, verb.as_str(), caller, error),
+        }
+        outcome
+    }
+
+    /// Whether commands are taken at all.
+    fn changing(&self) -> Result<(), Error> {
+        if let Some(why) = &self.read_only {
+            return Err(Error::ReadOnly { why: why.to_string() });
+        }
+        if !self.core.lock().accepting {
+            return Err(Error::ShuttingDown);
+        }
+        Ok(())
+    }
+
+    fn decide(&self, core: &Core, target: Target, action: &Action, caller: &Caller, parent: Option<OpId>) -> Verdict {
+        match target {
+            Target::Root => match action {
+                Action::Abandon { .. } if !caller.is_root() => Verdict::Deny(Error::RootOnly { what: "abandon" }),
+                _ => Verdict::Start,
+            },
+            Target::Job(row) => self.decide_job(core, row, action, caller),
+            Target::Volume(row) => self.decide_volume(core, row, action, caller, parent),
+        }
+    }
+
+    fn decide_volume(
+        &self,
+        core: &Core,
+        row: DiskRow,
+        action: &Action,
         caller: &Caller,
-        left: Left,
-    ) -> Errno {
-        unimplemented!()
+        parent: Option<OpId>,
+    ) -> Verdict {
+        let (Some(volume), Some(job)) =
+            (core.world.volumes.get(&row), core.world.volumes.get(&row).and_then(|v| core.world.jobs.get(&v.job)))
+        else {
+            return Verdict::Deny(Error::Departed);
+        };
+        // A job's operation in flight has reserved its volumes' namespace; its own parts pass.
+        if let (Some(op), None) = (job.running, parent)
+            && core.live.get(&op).is_some_and(|l| l.action.verb() == Verb::Destroy)
+        {
+            return Verdict::Deny(in_flight(core, op, format!("job {}", job.id)));
+        }
+        let spelled;
+        let running = match volume.running.and_then(|r| core.live.get(&r.op)) {
+            Some(live) => {
+                spelled = command::spell(&live.action);
+                Some((live.id, &live.action, spelled.as_str()))
+            }
+            None => None,
+        };
+        let situation = Situation {
+            volume: volume.uuid,
+            status: volume.base,
+            vm: volume.vm,
+            size: volume.size,
+            job: &job.id,
+            disk: &volume.disk,
+            held: job.hold.0,
+            running,
+            mark: self.mark(volume),
+            owner: &volume.owner,
+            why: volume.why.as_deref().unwrap_or("no reason is known"),
+            host: self.host,
+            provider: self.about.name,
+            snapshots: self.about.snapshots,
+            can_force: self.about.can_force,
+        };
+        let verdict = admit(&situation, action, caller);
+        if verdict != Verdict::Start {
+            return verdict;
+        }
+        match action {
+            Action::Move { job: to } => match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
+                None => Verdict::Deny(Error::NoSuchJob { job: to.clone() }),
+                Some(there) if there.disks.contains_key(&volume.disk) || there.creating.contains_key(&volume.disk) => {
+                    Verdict::Deny(Error::DiskExists { job: to.clone(), disk: volume.disk.clone() })
+                }
+                Some(there) => match there.running {
+                    Some(op) => Verdict::Deny(in_flight(core, op, format!("job {to}"))),
+                    None => verdict,
+                },
+            },
+            Action::Disk { name } if job.disks.contains_key(name) || job.creating.contains_key(name) => {
+                Verdict::Deny(Error::DiskExists { job: job.id.clone(), disk: name.clone() })
+            }
+            _ => verdict,
+        }
     }
-    /// mkdir in jobs/.
-    pub fn make_job(&self, id: JobId, caller: Caller) -> Ticket<JobRow> {
-        unimplemented!()
+
+    fn decide_job(&self, core: &Core, row: JobRow, action: &Action, caller: &Caller) -> Verdict {
+        let Some(job) = core.world.jobs.get(&row) else { return Verdict::Deny(Error::Departed) };
+        let object = || format!("job {}", job.id);
+        if matches!(action, Action::Cancel { .. }) {
+            return Verdict::Start;
+        }
+        if let Some(op) = job.running {
+            return match core.live.get(&op) {
+                Some(live) if live.action == *action => Verdict::Join(op),
+                _ => Verdict::Deny(in_flight(core, op, object())),
+            };
+        }
+        let begun = |disk: &crate::model::DiskName| match job.creating.get(disk) {
+            Some(op) => match core.live.get(op) {
+                Some(live) if live.action == *action => Some(Verdict::Join(*op)),
+                _ => Some(Verdict::Deny(in_flight(core, *op, format!("disk {disk}")))),
+            },
+            None if job.disks.contains_key(disk) => {
+                Some(Verdict::Deny(Error::DiskExists { job: job.id.clone(), disk: disk.clone() }))
+            }
+            None => None,
+        };
+        match action {
+            Action::Create { disk, .. } => begun(disk).unwrap_or(Verdict::Start),
+            Action::Claim { volume, disk, from } => {
+                if from.is_some() && !caller.is_root() {
+                    return Verdict::Deny(Error::RootOnly { what: "claim … from=" });
+                }
+                if let Some(owner) = core.world.by_uuid.get(volume).and_then(|row| core.world.volumes.get(row)) {
+                    let owned = match core.job_name(owner.job) {
+                        Some(name) if owner.job != row => Error::OwnedByJob { volume: *volume, job: name },
+                        _ => Error::DiskExists { job: job.id.clone(), disk: owner.disk.clone() },
+                    };
+                    return Verdict::Deny(owned);
+                }
+                let named = match disk {
+                    Some(disk) => Ok(disk.clone()),
+                    None => crate::model::DiskName::parse(&volume.to_string()),
+                };
+                match named {
+                    Ok(disk) => match begun(&disk) {
+                        Some(verdict) => verdict,
+                        None if core.claiming.contains(volume) => Verdict::Deny(Error::InFlight {
+                            running: format!("claim {volume}"),
+                            id: core
+                                .live
+                                .values()
+                                .find(|l| matches!(l.action, Action::Claim { volume: v, .. } if v == *volume))
+                                .map_or(OpId(0), |l| l.id),
+                            object: format!("volume {volume}"),
+                        }),
+                        None => Verdict::Start,
+                    },
+                    Err(bad) => Verdict::Deny(bad.into()),
+                }
+            }
+            Action::Destroy { job: named } => Engine::admit_destroy(core, job, named),
+            Action::Snapshot { .. } | Action::Revert { .. } | Action::DeleteSnapshot { .. }
+                if !self.about.snapshots =>
+            {
+                Verdict::Deny(Error::Unsupported { provider: self.about.name, what: action.verb().to_string() })
+            }
+            Action::Move { job: to } => {
+                if job.hold.0 {
+                    return Verdict::Deny(Error::Held { job: job.id.clone() });
+                }
+                match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
+                    None => Verdict::Deny(Error::NoSuchJob { job: to.clone() }),
+                    Some(there) if there.row == row => Verdict::AlreadyDone,
+                    Some(there) => {
+                        match job.disks.keys().find(|d| there.disks.contains_key(*d) || there.creating.contains_key(*d))
+                        {
+                            Some(disk) => Verdict::Deny(Error::DiskExists { job: to.clone(), disk: disk.clone() }),
+                            None => Verdict::Start,
+                        }
+                    }
+                }
+            }
+            _ => Verdict::Start,
+        }
     }
-    /// rmdir of a job.
-    pub fn forget_job(&self, job: JobRow, caller: Caller) -> Ticket {
-        unimplemented!()
+
+    /// Whether a command would be let in now, for reading `control`: `Err` says why not.
+    pub fn would(&self, target: Target, action: &Action) -> Result<(), Error> {
+        self.changing()?;
+        let caller = Caller::daemon();
+        match self.decide(&self.core.lock(), target, action, &caller, None) {
+            Verdict::Deny(error) => Err(error),
+            _ => Ok(()),
+        }
     }
-    /// A write to `vm_name`.
-    pub fn set_vm_name(&self, job: JobRow, value: String, caller: Caller) -> Ticket {
-        unimplemented!()
+
+    /// A failure's sentence goes to `error` and the log.
+    pub fn note_failure(&self, target: Target, verb: &str, caller: &Caller, error: &Error) {
+        self.publish(|core, at| core.note_error(target, verb, caller, error, at));
     }
-    /// A write to `hold`.
-    pub fn set_hold(&self, job: JobRow, value: bool, caller: Caller) -> Ticket {
-        unimplemented!()
+
+    /// A caller stopped waiting: `error` says so, and a destroy stops before its next volume.
+    pub fn caller_left(&self, target: Target, verb: Verb, op: Option<OpId>, caller: &Caller, left: Left) -> Errno {
+        let error = match left {
+            Left::Interrupted => Error::Interrupted,
+            Left::TimedOut(after) => Error::TimedOut { seconds: after.as_secs(), id: op.unwrap_or(OpId(0)) },
+        };
+        if left == Left::Interrupted
+            && verb == Verb::Destroy
+            && let Some(live) = op.and_then(|id| self.core.lock().live.get(&id).cloned())
+        {
+            live.stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        }
+        self.note_failure(target, verb.as_str(), caller, &error);
+        error.errno()
     }
-    /// The device of a volume, verified now. Never blocks.
+
+    fn cancel(&self, id: OpId) -> Result<(), Error> {
+        let live = self.core.lock().live.get(&id).cloned().ok_or(Error::NoSuchOperation { id })?;
+        live.stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn cancel_job(&self, row: JobRow) -> Result<(), Error> {
+        let running: Vec<Arc<std::sync::atomic::AtomicBool>> = {
+            let core = self.core.lock();
+            let job = core.world.jobs.get(&row).ok_or(Error::Departed)?;
+            core.live.get(&job.running.unwrap_or(OpId(0))).map(|l| l.stop.clone()).into_iter().collect()
+        };
+        // Nothing running is nothing to stop: that is success.
+        for stop in running {
+            stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    /// C14: ends an operation in the record; whatever it still brings is a late answer.
+    async fn abandon(&self, id: OpId, caller: &Caller) -> Result<(), Error> {
+        let live = self.core.lock().live.get(&id).cloned().ok_or(Error::NoSuchOperation { id })?;
+        let at = (self.clock)();
+        let error = Error::Abandoned { id };
+        let sentence = format!("abandoned by uid {} (pid {})", caller.uid, caller.pid);
+        let mut changes = Vec::new();
+        if let Target::Volume(row) = live.target
+            && let Some(volume) = self.world().volumes.get(&row)
+        {
+            changes.push(crate::store::Change::VolumeStatus { volume: volume.uuid, status: Status::Unknown, at });
+        }
+        changes.push(crate::store::Change::OpEnd { id, outcome: Outcome::Abandoned, sentence: sentence.clone(), at });
+        self.store
+            .commit(changes)
+            .await
+            .map_err(|e| Error::NotJournaled { what: format!("`abandon {id}`"), words: e.to_string() })?;
+        live.stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        self.publish(|core, at| {
+            core.world.counters.abandoned += 1;
+            if let Target::Volume(row) = live.target {
+                core.with_volume(row, at, |v| {
+                    v.base = Status::Unknown;
+                    v.recorded = Status::Unknown;
+                    v.why = Some("its operation was abandoned: `reconcile` it".into());
+                });
+            }
+            core.end(&live, Outcome::Abandoned, &sentence, at);
+            core.note_error(live.target, live.action.verb().as_str(), &live.caller, &error, at);
+        });
+        live.ticket.complete(Err(error));
+        Ok(())
+    }
+
+    /// The device of a volume, verified now against the kernel's memory. Never blocks.
     pub fn device(&self, volume: DiskRow) -> Result<DeviceNow, Error> {
-        unimplemented!()
+        let world = self.world.load();
+        let volume = world.volumes.get(&volume).ok_or(Error::Departed)?;
+        verified(volume).ok_or(Error::NoDevice { volume: volume.uuid, status: volume.status() })
     }
-    /// The device of a mapping, verified now; `NoDevice` when the mapping has ended. Never blocks.
+
+    /// The device of a mapping, verified now; `NoDevice` or `Departed` when it has ended. Never blocks.
     pub fn mapped(&self, mapping: MapRow) -> Result<DeviceNow, Error> {
-        unimplemented!()
+        let world = self.world.load();
+        let volume = world.by_mapping.get(&mapping).and_then(|row| world.volumes.get(row)).ok_or(Error::Departed)?;
+        match verified(volume) {
+            Some(now) if now.mapping == mapping => Ok(now),
+            _ => Err(Error::NoDevice { volume: volume.uuid, status: volume.status() }),
+        }
     }
-    /// Who has the device, from a walk of /proc that callers share. `Ok` and empty: nobody, or no device.
+
+    /// Who has the device, from a walk of /proc that callers share. Empty: nobody, or no device.
     pub fn holders(&self, volume: DiskRow) -> Ticket<Arc<Vec<Holder>>> {
-        unimplemented!()
+        let dev = match self.world().volumes.get(&volume) {
+            None => return Ticket::done(Err(Error::Departed)),
+            Some(volume) => volume.mapping.as_ref().filter(|m| m.pin.alive()).map(|m| m.dev),
+        };
+        let Some(dev) = dev else { return Ticket::done(Ok(Arc::new(Vec::new()))) };
+        let Some(engine) = self.me.upgrade() else { return Ticket::done(Err(Error::ShuttingDown)) };
+        let ticket = Ticket::default();
+        let answer = ticket.clone();
+        self.runtime.spawn(async move {
+            let holders = engine.kernel(move |devices| devices.holders(dev)).await;
+            answer.complete(holders.map(Arc::new).map_err(|e| Error::CannotTell { why: e.to_string() }));
+        });
+        ticket
     }
-    /// Refuses commands from now on, and completes every ticket with `ShuttingDown`.
+
+    /// Refuses commands from now on. What runs is left to the journal; its waiters are the caller's
+    /// to answer.
     pub fn shut_down(&self) {
-        unimplemented!()
+        self.core.lock().accepting = false;
+        self.closing.notify_waiters();
+        // A round that is not waiting yet finds the permit when it comes to wait.
+        self.closing.notify_one();
+    }
+}
+
+/// The device that a volume shows, if the kernel confirms it.
+fn verified(volume: &world::Volume) -> Option<DeviceNow> {
+    let mapping = volume.device()?;
+    mapping.pin.alive().then(|| DeviceNow {
+        name: mapping.name.clone(),
+        dev: mapping.dev,
+        incarnation: mapping.incarnation,
+        mapping: mapping.row,
+        size: mapping.size,
+    })
+}
+
+fn done_later(
+    runtime: &tokio::runtime::Handle,
+    work: impl Future<Output = Result<(), Error>> + Send + 'static,
+) -> Submitted {
+    let ticket = Ticket::default();
+    let answer = ticket.clone();
+    runtime.spawn(async move { answer.complete(work.await) });
+    Submitted { ticket, deadline: None, op: None }
+}
+
+impl Core {
+    /// A VM that a command named is listed from now on.
+    fn watch(&mut self, vm: VmId) {
+        if !self.world.vms.contains_key(&vm) {
+            self.world.vms.insert(vm, Arc::default());
+        }
+    }
+
+    fn watch_vm(&mut self, action: &Action, host: VmId) {
+        if let Action::Attach { vm: Some(vm), .. } | Action::Detach { vm: Some(vm), .. } = action
+            && *vm != host
+        {
+            self.watch(*vm);
+        }
+    }
+
+    fn joined(&mut self, id: OpId) {
+        if let Some(op) = self.world.operations.get(&id) {
+            let mut op = (**op).clone();
+            op.joined += 1;
+            self.world.operations.insert(id, Arc::new(op));
+        }
     }
 }

@@ -9,8 +9,8 @@ use crate::cloud::CloudVolume;
 use crate::devices::Pin;
 use crate::error::Error;
 use crate::model::{
-    BootId, Caller, DevNo, DiskName, DiskRow, Fence, Incarnation, JobId, JobRow, MapRow, OpId, Outcome, RecordId,
-    Status, Timestamp, Verb, VmId, VolumeId,
+    BootId, Caller, DevNo, DiskIdentity, DiskName, DiskRow, Fence, Incarnation, JobId, JobRow, MapRow, OpId, Outcome,
+    RecordId, Status, Timestamp, Verb, VmId, VolumeId,
 };
 
 /// Everything volfs knows, at one moment.
@@ -64,6 +64,18 @@ pub struct World {
     pub counters: Counters,
 }
 
+impl World {
+    /// The owned volumes that an identity names: none or one, or several that share a cut serial.
+    pub fn named_by<'a>(&'a self, identity: &'a DiskIdentity) -> impl Iterator<Item = &'a Arc<Volume>> {
+        let range = identity.first_and_last().map(|(first, last)| self.by_uuid.range(first..=last));
+        range
+            .into_iter()
+            .flatten()
+            .filter(|(uuid, _)| identity.names(**uuid))
+            .filter_map(|(_, row)| self.volumes.get(row))
+    }
+}
+
 /// A job.
 #[derive(Debug, Clone)]
 pub struct Job {
@@ -108,6 +120,8 @@ pub struct Volume {
     pub epoch: u64,
     /// The settled status: what admission decides by.
     pub base: Status,
+    /// The settled status as the record has it: `base` is `unknown` from a start to the first look.
+    pub recorded: Status,
     /// The operation in flight, and the status it shows.
     pub running: Option<Running>,
     /// The device here. Present while `base` is attached, and kept while the device is withdrawn

@@ -1,0 +1,612 @@
+//! The engine's state behind its one lock, and the one place from which it is published.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use serde_json::json;
+
+use super::ticket::Ticket;
+use super::world::{ErrorText, HistoryRow, Job, Operation, Running, Volume, World};
+use super::{Engine, Events, Target};
+use crate::command::{self, Action};
+use crate::error::Error;
+use crate::model::{
+    Caller, DiskName, DiskRow, Fence, JobId, JobRow, MapRow, OpId, Outcome, Timestamp, Verb, VolumeId, VolumeRow,
+};
+
+/// How many rows of history a volume, a job and the root show.
+const HISTORY_OF_VOLUME: usize = 50;
+const HISTORY_OF_JOB: usize = 500;
+/// How many ended operations stay in `operations/`.
+const RECENT_OPERATIONS: usize = 200;
+
+/// The state. Held for memory work only: never over an await, a commit or a callback.
+pub(super) struct Core {
+    /// What is published; changed here first.
+    pub world: World,
+    /// Operations in flight.
+    pub live: HashMap<OpId, Live>,
+    /// Next row ids and epoch.
+    pub next: crate::store::Next,
+    /// Known rows of `ossea_volumes`.
+    pub volume_rows: HashMap<VolumeId, VolumeRow>,
+    /// Known volumes in no job.
+    pub loose: BTreeSet<VolumeId>,
+    /// Volumes that a claim in flight is about.
+    pub claiming: HashSet<VolumeId>,
+    /// Job names that a mkdir in flight is about.
+    pub making: HashSet<JobId>,
+    /// When the cloud first did not show a volume.
+    pub absent: HashMap<VolumeId, Instant>,
+    /// False from the beginning of a shutdown.
+    pub accepting: bool,
+    /// Rows of the root's history.
+    pub most_history: usize,
+    events: Vec<(Option<JobRow>, serde_json::Value)>,
+}
+
+/// An operation in flight.
+#[derive(Clone)]
+pub(super) struct Live {
+    /// Its number.
+    pub id: OpId,
+    /// Its identity.
+    pub fence: Fence,
+    /// What it does.
+    pub action: Action,
+    /// On what.
+    pub target: Target,
+    /// Completed with the outcome.
+    pub ticket: Ticket,
+    /// Completed when the journal has it.
+    pub journaled: Ticket,
+    /// Set by `cancel`, by a destroy's interrupted caller, and by `abandon`.
+    pub stop: Arc<AtomicBool>,
+    /// Who asked.
+    pub caller: Arc<Caller>,
+    /// Began.
+    pub began: Timestamp,
+    /// For durations.
+    pub clock: Instant,
+    /// The epoch reserved for its mark, for create, claim and move.
+    pub epoch: u64,
+    /// Part of which job-level operation.
+    pub parent: Option<OpId>,
+    /// Taken over after a crash: starts nothing that takes away (rule R10).
+    pub recovering: bool,
+}
+
+impl Live {
+    /// Whether it was asked to stop before its next step.
+    pub fn stopping(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+}
+
+/// What a volume shows while a destroy has it.
+fn reservation(op: OpId) -> Running {
+    Running { op, verb: Verb::Destroy, withdrawn: true }
+}
+
+impl Core {
+    pub fn new(world: World, next: crate::store::Next, most_history: usize) -> Self {
+        Core {
+            world,
+            live: HashMap::new(),
+            next,
+            volume_rows: HashMap::new(),
+            loose: BTreeSet::new(),
+            claiming: HashSet::new(),
+            making: HashSet::new(),
+            absent: HashMap::new(),
+            accepting: true,
+            most_history,
+            events: Vec::new(),
+        }
+    }
+
+    pub fn next_op(&mut self) -> OpId {
+        self.next.operation += 1;
+        OpId(self.next.operation - 1)
+    }
+
+    pub fn next_job(&mut self) -> JobRow {
+        self.next.job += 1;
+        JobRow(self.next.job - 1)
+    }
+
+    pub fn next_disk(&mut self) -> DiskRow {
+        self.next.disk += 1;
+        DiskRow(self.next.disk - 1)
+    }
+
+    pub fn next_mapping(&mut self) -> MapRow {
+        self.next.mapping += 1;
+        MapRow(self.next.mapping - 1)
+    }
+
+    pub fn next_epoch(&mut self) -> u64 {
+        self.next.epoch += 1;
+        self.next.epoch - 1
+    }
+
+    /// The row of a volume in `ossea_volumes`: its old one if it has ever had one.
+    pub fn volume_row(&mut self, volume: VolumeId) -> VolumeRow {
+        *self.volume_rows.entry(volume).or_insert_with(|| {
+            self.next.volume += 1;
+            VolumeRow(self.next.volume - 1)
+        })
+    }
+
+    /// Notes a line for the event streams; it goes out with the next publish.
+    pub fn event(&mut self, job: Option<JobRow>, fields: serde_json::Value) {
+        self.events.push((job, fields));
+    }
+
+    /// Drops what was noted while the record was loaded: that is no news.
+    pub fn take_events(&mut self) {
+        self.events.clear();
+    }
+
+    /// The job's name, if the job is there.
+    pub fn job_name(&self, row: JobRow) -> Option<JobId> {
+        self.world.jobs.get(&row).map(|j| j.id.clone())
+    }
+
+    /// Puts a job, with its index and its status time.
+    pub fn put_job(&mut self, mut job: Job, at: Timestamp) {
+        if let Some(old) = self.world.jobs.get(&job.row) {
+            if old.disks != job.disks {
+                job.listed_at = at;
+                self.world.listed_at = at;
+            }
+            if old.creating.len() != job.creating.len() || old.running != job.running {
+                job.status_at = at;
+            }
+        } else {
+            self.world.listed_at = at;
+        }
+        self.world.job_rows.insert(job.id.clone(), job.row);
+        self.world.jobs.insert(job.row, Arc::new(job));
+    }
+
+    /// Changes a job in place; nothing if it is gone.
+    pub fn with_job(&mut self, row: JobRow, at: Timestamp, change: impl FnOnce(&mut Job)) {
+        if let Some(job) = self.world.jobs.get(&row) {
+            let mut job = (**job).clone();
+            change(&mut job);
+            self.put_job(job, at);
+        }
+    }
+
+    /// Puts a volume: indexes, times and the event of a changed status follow by themselves.
+    pub fn put_volume(&mut self, mut volume: Volume, at: Timestamp) {
+        let job_name = self.job_name(volume.job).map(|j| j.to_string());
+        if let Some(old) = self.world.volumes.get(&volume.row).cloned() {
+            if let Some(mapping) = &old.mapping {
+                self.world.by_mapping.remove(&mapping.row);
+                self.world.by_device.remove(&mapping.name);
+            }
+            let device = |v: &Volume| v.device().map(|m| m.row);
+            if device(&old) != device(&volume) {
+                volume.times.device = at;
+                self.world.listed_at = at;
+            }
+            if old.vm != volume.vm || old.size != volume.size || old.name != volume.name || old.owner != volume.owner {
+                volume.times.facts = at;
+            }
+            let (was, is) = (old.status(), volume.status());
+            if was != is {
+                volume.times.status = at;
+                self.with_job(volume.job, at, |job| job.status_at = at);
+                let fields = json!({
+                    "event": "status", "job": job_name, "disk": volume.disk.as_str(), "volume": volume.uuid,
+                    "from": was.as_str(), "to": is.as_str(), "why": volume.why.as_deref(),
+                    "device": volume.device().map(|m| format!("/dev/{}", m.name)),
+                });
+                self.event(Some(volume.job), fields);
+                tracing::info!(volume = %volume.uuid, disk = %volume.disk, job = job_name, from = %was, to = %is,
+                    why = volume.why.as_deref(), "status");
+            }
+        } else {
+            let fields = json!({
+                "event": "owned", "job": job_name, "disk": volume.disk.as_str(), "volume": volume.uuid,
+                "status": volume.status().as_str(),
+            });
+            self.event(Some(volume.job), fields);
+        }
+        if let Some(mapping) = &volume.mapping {
+            self.world.by_mapping.insert(mapping.row, volume.row);
+            self.world.by_device.insert(mapping.name.clone(), volume.row);
+        }
+        self.world.by_uuid.insert(volume.uuid, volume.row);
+        let (row, job, disk) = (volume.row, volume.job, volume.disk.clone());
+        self.world.volumes.insert(row, Arc::new(volume));
+        self.loose_forget(row);
+        self.with_job(job, at, |job| {
+            job.disks.insert(disk, row);
+        });
+    }
+
+    fn loose_forget(&mut self, row: DiskRow) {
+        if let Some(volume) = self.world.volumes.get(&row) {
+            self.loose.remove(&volume.uuid);
+            self.world.unclaimed.remove(&volume.uuid);
+        }
+    }
+
+    /// Changes a volume in place; nothing if the ownership is gone.
+    pub fn with_volume(&mut self, row: DiskRow, at: Timestamp, change: impl FnOnce(&mut Volume)) {
+        if let Some(volume) = self.world.volumes.get(&row) {
+            let mut volume = (**volume).clone();
+            change(&mut volume);
+            self.put_volume(volume, at);
+        }
+    }
+
+    /// Ends an ownership.
+    pub fn drop_volume(&mut self, row: DiskRow, at: Timestamp, loose: bool) -> Option<Arc<Volume>> {
+        let volume = self.world.volumes.remove(&row)?;
+        self.world.by_uuid.remove(&volume.uuid);
+        if let Some(mapping) = &volume.mapping {
+            self.world.by_mapping.remove(&mapping.row);
+            self.world.by_device.remove(&mapping.name);
+        }
+        if loose {
+            self.loose.insert(volume.uuid);
+        }
+        let name = self.job_name(volume.job).map(|j| j.to_string());
+        self.with_job(volume.job, at, |job| {
+            if job.disks.get(&volume.disk) == Some(&row) {
+                job.disks.remove(&volume.disk);
+            }
+            job.status_at = at;
+        });
+        self.event(
+            Some(volume.job),
+            json!({"event": "disowned", "job": name, "disk": volume.disk.as_str(), "volume": volume.uuid}),
+        );
+        Some(volume)
+    }
+
+    /// Renames a disk within its job.
+    pub fn rename_disk(&mut self, row: DiskRow, to: DiskName, at: Timestamp) {
+        let Some(volume) = self.world.volumes.get(&row).cloned() else { return };
+        self.with_job(volume.job, at, |job| {
+            job.disks.remove(&volume.disk);
+            job.disks.insert(to.clone(), row);
+        });
+        self.with_volume(row, at, |v| v.disk = to);
+    }
+
+    /// Writes an `error` file.
+    pub fn note_error(&mut self, target: Target, verb: &str, caller: &Caller, error: &Error, at: Timestamp) {
+        let text = Arc::new(ErrorText { at, verb: verb.into(), pid: caller.pid, error: error.clone() });
+        *self.world.counters.refusals.entry(error.errno().name()).or_default() += 1;
+        self.set_error(target, at, |slot| *slot = Some(text));
+        let place = self.describe(target);
+        tracing::info!(%verb, pid = caller.pid, comm = caller.comm, errno = error.errno().name(), %place, "{error}");
+    }
+
+    /// A success of the same verb empties `error`.
+    pub fn clear_error(&mut self, target: Target, verb: Verb, at: Timestamp) {
+        let clears = |slot: &Option<Arc<ErrorText>>| slot.as_ref().is_some_and(|e| *e.verb == *verb.as_str());
+        let needed = match target {
+            Target::Root => clears(&self.world.error),
+            Target::Job(row) => self.world.jobs.get(&row).is_some_and(|j| clears(&j.error)),
+            Target::Volume(row) => self.world.volumes.get(&row).is_some_and(|v| clears(&v.error)),
+        };
+        if needed {
+            self.set_error(target, at, |slot| *slot = None);
+        }
+    }
+
+    fn set_error(&mut self, target: Target, at: Timestamp, change: impl FnOnce(&mut Option<Arc<ErrorText>>)) {
+        match target {
+            Target::Root => change(&mut self.world.error),
+            Target::Job(row) => self.with_job(row, at, |job| change(&mut job.error)),
+            Target::Volume(row) => self.with_volume(row, at, |volume| {
+                change(&mut volume.error);
+                volume.times.error = at;
+            }),
+        }
+    }
+
+    /// The object in words, for the log.
+    pub fn describe(&self, target: Target) -> String {
+        match target {
+            Target::Root => "volfs".into(),
+            Target::Job(row) => self.job_name(row).map_or_else(|| "a job that is gone".into(), |j| format!("job {j}")),
+            Target::Volume(row) => match self.world.volumes.get(&row) {
+                Some(v) => format!("volume {}", v.uuid),
+                None => "a volume that is gone".into(),
+            },
+        }
+    }
+
+    /// The job, volume and disk that an operation on this target is about.
+    pub fn about(
+        &self,
+        target: Target,
+        action: &Action,
+    ) -> (Option<(JobRow, JobId)>, Option<VolumeId>, Option<DiskName>) {
+        let named = |row: JobRow| self.job_name(row).map(|id| (row, id));
+        match target {
+            Target::Root => (None, None, None),
+            Target::Job(row) => {
+                let (volume, disk) = match action {
+                    Action::Create { disk, .. } => (None, Some(disk.clone())),
+                    Action::Claim { volume, disk, .. } => (Some(*volume), disk.clone()),
+                    _ => (None, None),
+                };
+                (named(row), volume, disk)
+            }
+            Target::Volume(row) => match self.world.volumes.get(&row) {
+                Some(v) => (named(v.job), Some(v.uuid), Some(v.disk.clone())),
+                None => (None, None, None),
+            },
+        }
+    }
+
+    /// Begins an operation in memory: from now on equal commands join it. The journal comes next.
+    pub fn begin(
+        &mut self,
+        target: Target,
+        action: Action,
+        caller: Arc<Caller>,
+        parent: Option<OpId>,
+        at: Timestamp,
+    ) -> Live {
+        let id = self.next_op();
+        let verb = action.verb();
+        let epoch = match verb {
+            Verb::Create | Verb::Claim | Verb::Move => self.next_epoch(),
+            _ => 0,
+        };
+        let live = Live {
+            id,
+            fence: Fence::random(),
+            action,
+            target,
+            ticket: Ticket::default(),
+            journaled: Ticket::default(),
+            stop: Arc::new(AtomicBool::new(false)),
+            caller,
+            began: at,
+            clock: Instant::now(),
+            epoch,
+            parent,
+            recovering: false,
+        };
+        self.adopt(live.clone(), at);
+        live
+    }
+
+    /// Puts an operation in flight: one just begun, or one that a crash left behind.
+    pub fn adopt(&mut self, live: Live, at: Timestamp) {
+        let (job, volume, disk) = self.about(live.target, &live.action);
+        let verb = live.action.verb();
+        let spelled: Arc<str> = command::spell(&live.action).into();
+        match live.target {
+            Target::Volume(row) => {
+                let withdrawn = verb == Verb::Detach;
+                self.with_volume(row, at, |v| v.running = Some(Running { op: live.id, verb, withdrawn }));
+            }
+            Target::Job(row) => match &live.action {
+                Action::Create { disk, .. } => self.with_job(row, at, |job| {
+                    job.creating.insert(disk.clone(), live.id);
+                }),
+                Action::Claim { volume, disk, .. } => {
+                    let disk = disk.clone().or_else(|| DiskName::parse(&volume.to_string()).ok());
+                    self.claiming.insert(*volume);
+                    self.with_job(row, at, |job| {
+                        if let Some(disk) = disk {
+                            job.creating.insert(disk, live.id);
+                        }
+                    });
+                }
+                action => {
+                    self.with_job(row, at, |job| job.running = Some(live.id));
+                    if matches!(action, Action::Destroy { .. }) {
+                        self.reserve(row, live.id, at);
+                    }
+                }
+            },
+            Target::Root => {}
+        }
+        let fields = json!({
+            "event": "begin", "operation": live.id, "command": &*spelled, "job": job.as_ref().map(|j| j.1.as_str()),
+            "disk": disk.as_ref().map(DiskName::as_str), "volume": volume,
+        });
+        self.event(job.as_ref().map(|j| j.0), fields);
+        self.world.operations.insert(
+            live.id,
+            Arc::new(Operation {
+                id: live.id,
+                fence: live.fence,
+                verb,
+                command: spelled,
+                job,
+                volume,
+                disk,
+                parent: live.parent,
+                step: "journal".into(),
+                caller: live.caller.clone(),
+                began: live.began,
+                joined: 1,
+                ended: None,
+            }),
+        );
+        self.live.insert(live.id, live);
+    }
+
+    /// A destroy has every volume of its job from the moment it begins.
+    fn reserve(&mut self, job: JobRow, op: OpId, at: Timestamp) {
+        let rows: Vec<DiskRow> =
+            self.world.jobs.get(&job).map(|job| job.disks.values().copied().collect()).unwrap_or_default();
+        for row in rows {
+            self.with_volume(row, at, |v| v.running = Some(reservation(op)));
+        }
+    }
+
+    /// Whether the operation still owns what it began on: a late answer finds that it does not.
+    pub fn owns(&self, live: &Live) -> bool {
+        self.live.contains_key(&live.id)
+    }
+
+    /// Names the step an operation is at.
+    pub fn step(&mut self, id: OpId, step: &str) {
+        if let Some(op) = self.world.operations.get(&id) {
+            let mut op = (**op).clone();
+            op.step = step.into();
+            self.world.operations.insert(id, Arc::new(op));
+        }
+    }
+
+    /// Ends an operation in memory: frees its object, writes history, keeps it among the recent.
+    pub fn end(&mut self, live: &Live, outcome: Outcome, sentence: &str, at: Timestamp) {
+        if self.live.remove(&live.id).is_none() {
+            return;
+        }
+        // A part of a destroy gives its volume back to the destroy, which has it reserved.
+        let destroying = |parent: &OpId| self.live.get(parent).is_some_and(|l| l.action.verb() == Verb::Destroy);
+        let back = live.parent.filter(destroying).map(reservation);
+        match live.target {
+            Target::Volume(row) => self.with_volume(row, at, |v| {
+                if v.running.is_some_and(|r| r.op == live.id) {
+                    v.running = back;
+                }
+            }),
+            Target::Job(row) => {
+                if let Action::Claim { volume, .. } = &live.action {
+                    self.claiming.remove(volume);
+                }
+                self.with_job(row, at, |job| {
+                    job.creating =
+                        job.creating.iter().filter(|(_, op)| **op != live.id).map(|(d, op)| (d.clone(), *op)).collect();
+                    if job.running == Some(live.id) {
+                        job.running = None;
+                    }
+                });
+                let reserved: Vec<DiskRow> =
+                    self.world.jobs.get(&row).map(|job| job.disks.values().copied().collect()).unwrap_or_default();
+                for volume in reserved {
+                    let ours = |v: &Arc<Volume>| v.running.is_some_and(|r| r.op == live.id);
+                    if self.world.volumes.get(&volume).is_some_and(ours) {
+                        self.with_volume(volume, at, |v| v.running = None);
+                    }
+                }
+            }
+            Target::Root => {}
+        }
+        let Some(op) = self.world.operations.get(&live.id).cloned() else { return };
+        let took_ms = u64::try_from(live.clock.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let mut ended = (*op).clone();
+        ended.step = "ended".into();
+        ended.ended = Some((outcome, sentence.into(), at));
+        self.event(
+            op.job.as_ref().map(|j| j.0),
+            json!({
+                "event": "end", "operation": live.id, "command": &*op.command, "outcome": outcome.as_str(),
+                "sentence": sentence, "job": op.job.as_ref().map(|j| j.1.as_str()),
+                "disk": op.disk.as_ref().map(DiskName::as_str), "volume": op.volume,
+            }),
+        );
+        *self.world.counters.operations.entry((op.verb, outcome.as_str())).or_default() += 1;
+        let row = HistoryRow {
+            at,
+            op: op.id,
+            verb: op.verb,
+            job: op.job.as_ref().map(|j| j.1.clone()),
+            disk: ended.disk.clone(),
+            volume: ended.volume,
+            outcome,
+            sentence: sentence.into(),
+            took_ms,
+            caller: live.caller.clone(),
+        };
+        self.world.operations.insert(live.id, Arc::new(ended));
+        let ended_ones = self.world.operations.len().saturating_sub(self.live.len());
+        if ended_ones > RECENT_OPERATIONS {
+            let oldest = self.world.operations.iter().find(|(_, op)| op.ended.is_some()).map(|(id, _)| *id);
+            if let Some(id) = oldest {
+                self.world.operations.remove(&id);
+            }
+        }
+        self.add_history(row, op.job.as_ref().map(|j| j.0), at);
+    }
+
+    /// Adds a row to the root's, the job's and the volume's history.
+    pub fn add_history(&mut self, row: HistoryRow, job: Option<JobRow>, at: Timestamp) {
+        fn push(to: &mut imbl::Vector<Arc<HistoryRow>>, row: Arc<HistoryRow>, most: usize) {
+            to.push_back(row);
+            while to.len() > most {
+                to.pop_front();
+            }
+        }
+        let row = Arc::new(row);
+        let most = self.most_history;
+        push(&mut self.world.history, row.clone(), most);
+        if let Some(job) = job {
+            self.with_job(job, at, |job| push(&mut job.history, row.clone(), HISTORY_OF_JOB));
+        }
+        if let Some(owner) = row.volume.and_then(|v| self.world.by_uuid.get(&v)).copied() {
+            self.with_volume(owner, at, |v| {
+                push(&mut v.history, row.clone(), HISTORY_OF_VOLUME);
+                v.times.history = at;
+            });
+        }
+    }
+
+    /// What an operation has learned about itself: create and claim learn their volume.
+    pub fn op_volume(&mut self, id: OpId, volume: VolumeId) {
+        if let Some(op) = self.world.operations.get(&id) {
+            let mut op = (**op).clone();
+            op.volume = Some(volume);
+            self.world.operations.insert(id, Arc::new(op));
+        }
+    }
+}
+
+impl Engine {
+    /// The publish step: every change of a published value passes here, and nowhere else.
+    pub(super) fn publish<R>(&self, change: impl FnOnce(&mut Core, Timestamp) -> R) -> R {
+        let at = (self.clock)();
+        let (result, world, pushed) = {
+            let mut core = self.core.lock();
+            let result = change(&mut core, at);
+            core.world.seq += 1;
+            core.world.at = at;
+            let events = std::mem::take(&mut core.events);
+            let pushed = !events.is_empty();
+            // Pushed under the lock, so that their order is that of the changes.
+            for (job, fields) in events {
+                push_event(&self.events, job, at, fields);
+            }
+            let world = Arc::new(core.world.clone());
+            self.world.store(world.clone());
+            (result, world, pushed)
+        };
+        let watchers = self.watchers.lock().clone();
+        for watcher in watchers {
+            watcher(&world);
+        }
+        if pushed {
+            self.events.wake();
+        }
+        result
+    }
+}
+
+fn push_event(events: &Events, job: Option<JobRow>, at: Timestamp, mut fields: serde_json::Value) {
+    events.push(job, |seq| {
+        if let Some(map) = fields.as_object_mut() {
+            map.retain(|_, v| !v.is_null());
+            map.insert("seq".into(), seq.into());
+            map.insert("time".into(), at.to_string().into());
+        }
+        format!("{fields}\n")
+    });
+}

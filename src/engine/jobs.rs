@@ -1,0 +1,468 @@
+//! Jobs: mkdir, rmdir, values, and commands for all of a job's volumes (C9, C11, C12).
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use imbl::{OrdMap, Vector};
+
+use super::Engine;
+use super::Target;
+use super::admission::Verdict;
+use super::core::{Core, Live};
+use super::operation::{Acted, Done, Fail};
+use super::ticket::Ticket;
+use super::world::{HistoryRow, Job, Volume};
+use crate::command::Action;
+use crate::error::Error;
+use crate::failpoint;
+use crate::model::{Caller, DiskName, DiskRow, Fence, JobId, JobRow, OpId, Outcome, Status, Timestamp, Verb};
+use crate::store::{Change, OpRow};
+
+/// How long a namespace call or a value waits for its commit (rule R6).
+const COMMIT_WAIT: Duration = Duration::from_secs(1);
+
+/// A change of the world that goes with a commit.
+type Apply = Box<dyn FnOnce(&mut Core, Timestamp) + Send>;
+
+/// A change that is journaled and done in one commit: mkdir, rmdir, and the values.
+struct Small {
+    verb: Verb,
+    command: String,
+    job: JobRow,
+    id: JobId,
+    change: Change,
+    /// What takes it back, when the commit came after the caller was told that nothing happened.
+    undo: Vec<Change>,
+    apply: Apply,
+    /// What to do when it failed.
+    give_up: Apply,
+}
+
+impl Engine {
+    /// mkdir of a job.
+    pub fn make_job(&self, id: JobId, caller: Caller) -> Ticket<JobRow> {
+        let refused = self.changing().and_then(|()| {
+            let mut core = self.core.lock();
+            if core.world.job_rows.contains_key(&id) || !core.making.insert(id.clone()) {
+                return Err(Error::JobExists { job: id.clone() });
+            }
+            Ok(core.next_job())
+        });
+        let row = match refused {
+            Ok(row) => row,
+            Err(error) => return self.refuse_small(Target::Root, Verb::Mkdir, &caller, error),
+        };
+        let at = (self.clock)();
+        let (added, making) = (id.clone(), id.clone());
+        let ticket = self.small(
+            Small {
+                verb: Verb::Mkdir,
+                command: format!("mkdir {id}"),
+                job: row,
+                id: id.clone(),
+                change: Change::JobAdd { row, id: id.clone(), at },
+                undo: vec![Change::JobForget { row, at }],
+                apply: Box::new(move |core, at| {
+                    core.making.remove(&added);
+                    core.event(Some(row), serde_json::json!({"event": "job", "job": added.as_str()}));
+                    core.put_job(new_job(row, added, at), at);
+                }),
+                give_up: Box::new(move |core, _| {
+                    core.making.remove(&making);
+                }),
+            },
+            caller,
+        );
+        let made = Ticket::default();
+        let answer = made.clone();
+        ticket.on_done(move |outcome| answer.complete(outcome.clone().map(|()| row)));
+        made
+    }
+
+    /// rmdir of a job that owns nothing.
+    pub fn forget_job(&self, row: JobRow, caller: Caller) -> Ticket {
+        let ready = self.changing().and_then(|()| {
+            let mut core = self.core.lock();
+            let job = core.world.jobs.get(&row).cloned().ok_or(Error::Stale)?;
+            if let Some(op) = job.running.or_else(|| job.creating.values().next().copied()) {
+                return Err(in_flight(&core, op, format!("job {}", job.id)));
+            }
+            let count = job.disks.len();
+            if count > 0 {
+                return Err(Error::JobNotEmpty { job: job.id.clone(), count });
+            }
+            // Reserved: nothing begins in it while its end is on the way to the record.
+            let reserved = core.next_op();
+            let at = core.world.at;
+            core.with_job(row, at, |job| job.running = Some(reserved));
+            Ok(job.id.clone())
+        });
+        let id = match ready {
+            Ok(id) => id,
+            Err(error) => return self.refuse_small(Target::Job(row), Verb::Rmdir, &caller, error),
+        };
+        let at = (self.clock)();
+        self.small(
+            Small {
+                verb: Verb::Rmdir,
+                command: format!("rmdir {id}"),
+                job: row,
+                id,
+                change: Change::JobForget { row, at },
+                undo: Vec::new(),
+                apply: Box::new(move |core, at| core.remove_job(row, at)),
+                give_up: Box::new(move |core, at| core.with_job(row, at, |job| job.running = None)),
+            },
+            caller,
+        )
+    }
+
+    /// A write to `vm_name`.
+    pub fn set_vm_name(&self, row: JobRow, value: String, caller: Caller) -> Ticket {
+        let now: Arc<str> = value.as_str().into();
+        let at = (self.clock)();
+        let change = move |was: &Job| {
+            let back = Change::JobVmName { row, vm_name: was.vm_name.0.to_string(), at };
+            (Change::JobVmName { row, vm_name: value, at }, back)
+        };
+        self.set(row, "vm_name", caller, change, move |job, at| job.vm_name = (now, at))
+    }
+
+    /// A write to `hold`; lowering it takes root.
+    pub fn set_hold(&self, row: JobRow, value: bool, caller: Caller) -> Ticket {
+        let held = self.world().jobs.get(&row).is_some_and(|j| j.hold.0);
+        if held && !value && !caller.is_root() {
+            let error = Error::RootOnly { what: "lowering `hold`" };
+            return self.refuse_small(Target::Job(row), Verb::Set, &caller, error);
+        }
+        let at = (self.clock)();
+        let change =
+            move |was: &Job| (Change::JobHold { row, hold: value, at }, Change::JobHold { row, hold: was.hold.0, at });
+        self.set(row, "hold", caller, change, move |job, at| job.hold = (value, at))
+    }
+
+    fn set(
+        &self,
+        row: JobRow,
+        value: &'static str,
+        caller: Caller,
+        change: impl FnOnce(&Job) -> (Change, Change),
+        show: impl FnOnce(&mut Job, Timestamp) + Send + 'static,
+    ) -> Ticket {
+        let job = self.changing().and_then(|()| self.world().jobs.get(&row).cloned().ok_or(Error::Stale));
+        let job = match job {
+            Ok(job) => job,
+            Err(error) => return self.refuse_small(Target::Job(row), Verb::Set, &caller, error),
+        };
+        let (change, undo) = change(&job);
+        let small = Small {
+            verb: Verb::Set,
+            command: format!("set {value}"),
+            job: row,
+            id: job.id.clone(),
+            change,
+            undo: vec![undo],
+            apply: Box::new(move |core, at| core.with_job(row, at, |job| show(job, at))),
+            give_up: Box::new(|_, _| {}),
+        };
+        self.small(small, caller)
+    }
+
+    fn refuse_small<T: Clone>(&self, target: Target, verb: Verb, caller: &Caller, error: Error) -> Ticket<T> {
+        self.note_failure(target, verb.as_str(), caller, &error);
+        Ticket::done(Err(error))
+    }
+
+    /// Commits a small change with its history, waits at most a second, and takes a late one back.
+    fn small(&self, small: Small, caller: Caller) -> Ticket {
+        let ticket = Ticket::default();
+        let answer = ticket.clone();
+        let Some(engine) = self.me.upgrade() else { return Ticket::done(Err(Error::ShuttingDown)) };
+        let clock = std::time::Instant::now();
+        self.runtime.spawn(async move {
+            let Small { verb, command, job, id, change, undo, apply, give_up } = small;
+            let at = (engine.clock)();
+            let op = engine.core.lock().next_op();
+            let row = OpRow {
+                id: op,
+                fence: Fence::random(),
+                verb,
+                command: command.clone(),
+                job: Some(job),
+                volume: None,
+                disk: None,
+                parent: None,
+                detail: String::new(),
+                step: "ended".into(),
+                caller: caller.clone(),
+                host: engine.host,
+                boot: engine.devices.boot(),
+                began: at,
+                ended: Some((Outcome::Done, String::new(), at)),
+            };
+            // The job's row comes first where the operation's refers to it.
+            let batch = vec![change, Change::OpBegin(Box::new(row))];
+            let mut commit = std::pin::pin!(engine.store.commit(batch));
+            let outcome = tokio::select! {
+                outcome = &mut commit => Some(outcome),
+                () = tokio::time::sleep(COMMIT_WAIT) => None,
+            };
+            let target = if verb == Verb::Mkdir { Target::Root } else { Target::Job(job) };
+            let fail = |words: String| Error::NotJournaled { what: format!("`{command}`"), words };
+            let outcome = match outcome {
+                Some(outcome) => outcome,
+                None => {
+                    let error = fail("no answer within a second".into());
+                    engine.note_failure(target, verb.as_str(), &caller, &error);
+                    answer.complete(Err(error));
+                    let late = commit.await;
+                    if late.is_ok() && !undo.is_empty() {
+                        if let Err(error) = engine.store.commit(undo).await {
+                            tracing::error!(
+                                "`{command}` was refused, is in the record all the same, and stays: {error}"
+                            );
+                        }
+                        engine.publish(give_up);
+                    } else if late.is_ok() {
+                        engine.publish(apply);
+                    } else {
+                        engine.publish(give_up);
+                    }
+                    return;
+                }
+            };
+            match outcome {
+                Ok(()) => {
+                    engine.store_health(None);
+                    engine.publish(|core, at| {
+                        let took_ms = u64::try_from(clock.elapsed().as_millis()).unwrap_or(u64::MAX);
+                        let caller = Arc::new(caller);
+                        apply(core, at);
+                        let row = HistoryRow {
+                            at,
+                            op,
+                            verb,
+                            job: Some(id),
+                            disk: None,
+                            volume: None,
+                            outcome: Outcome::Done,
+                            sentence: command.into(),
+                            took_ms,
+                            caller,
+                        };
+                        core.add_history(row, Some(job), at);
+                        core.clear_error(target, verb, at);
+                    });
+                    answer.complete(Ok(()));
+                }
+                Err(error) => {
+                    let error = match error {
+                        crate::store::StoreError::Full { words } => {
+                            Error::NoCapacity { what: format!("the record (`{command}`)"), words }
+                        }
+                        other => fail(other.to_string()),
+                    };
+                    engine.store_health(Some(&error));
+                    engine.publish(|core, at| {
+                        give_up(core, at);
+                        core.note_error(target, verb.as_str(), &caller, &error, at);
+                    });
+                    answer.complete(Err(error));
+                }
+            }
+        });
+        ticket
+    }
+
+    /// An operation on a job as a whole.
+    pub(super) async fn whole_job(self: &Arc<Self>, live: &Live, row: JobRow) -> Acted {
+        match &live.action {
+            Action::Destroy { .. } => self.destroy(live, row).await,
+            Action::Attach { .. } | Action::Detach { .. } | Action::Move { .. } => self.each(live, row).await,
+            other => {
+                let what = format!("{} of a job", other.verb());
+                Err(Fail::clean(Error::Unsupported { provider: self.about.name, what }))
+            }
+        }
+    }
+
+    fn disks_of(&self, row: JobRow) -> Result<OrdMap<DiskName, DiskRow>, Fail> {
+        self.world().jobs.get(&row).map(|j| j.disks.clone()).ok_or_else(|| Fail::clean(Error::Stale))
+    }
+
+    /// C11: the set is fixed now, all are tried side by side, the first failing disk's errno counts.
+    async fn each(self: &Arc<Self>, live: &Live, row: JobRow) -> Acted {
+        let disks = self.disks_of(row)?;
+        self.step(live, "each of its volumes")?;
+        let mut tickets = Vec::new();
+        for (disk, volume) in disks.iter() {
+            let submitted = self.submit_as(Target::Volume(*volume), live.action.clone(), &live.caller, Some(live.id));
+            tickets.push((disk.clone(), submitted.ticket));
+        }
+        let mut failed = Vec::new();
+        let count = tickets.len();
+        for (disk, ticket) in tickets {
+            if let Err(error) = ticket.wait().await {
+                failed.push((disk, error));
+            }
+        }
+        if failed.is_empty() {
+            return Ok(Done { note: format!("{count} volumes"), ..Done::default() });
+        }
+        Err(Fail::clean(Error::Several { lines: failed }))
+    }
+
+    /// C12. The set was reserved when the operation began. Phase 1 detaches all, phase 2 verifies
+    /// all, phase 3 deletes one after the other; then the job is forgotten.
+    async fn destroy(self: &Arc<Self>, live: &Live, row: JobRow) -> Acted {
+        let disks = self.disks_of(row)?;
+        let volumes = |engine: &Engine| -> BTreeMap<DiskName, Arc<Volume>> {
+            let world = engine.world();
+            disks.iter().filter_map(|(d, r)| Some((d.clone(), world.volumes.get(r)?.clone()))).collect()
+        };
+        self.step(live, "test that no volume is in use")?;
+        for (disk, volume) in volumes(self) {
+            if let Some(mapping) = &volume.mapping {
+                let dev = mapping.dev;
+                let holders = self
+                    .kernel(move |devices| devices.holders(dev))
+                    .await
+                    .map_err(|e| Fail::clean(Error::CannotTell { why: e.to_string() }))?;
+                if !holders.is_empty() {
+                    let device = format!("/dev/{}", mapping.name);
+                    let error = Error::InUse { volume: volume.uuid, device, holders };
+                    return Err(Fail::clean(Error::Several { lines: vec![(disk, error)] }));
+                }
+            }
+        }
+        let mut failed = Vec::new();
+        for (disk, volume) in volumes(self).into_iter().filter(|(_, v)| v.base == Status::Attached) {
+            self.step(live, "phase 1: detach all")?;
+            if let Err(error) = self.part(live, &volume, Action::Detach { vm: None, force: false }).await {
+                failed.push((disk, error));
+            }
+        }
+        if !failed.is_empty() {
+            return Err(Fail::clean(Error::Several { lines: failed }));
+        }
+        self.step(live, "phase 2: verify all")?;
+        for (disk, volume) in volumes(self) {
+            if volume.base == Status::Missing {
+                continue;
+            }
+            let seen = self
+                .look_ours(&volume, "destroy")
+                .await
+                .map_err(|fail| Fail::clean(Error::Several { lines: vec![(disk.clone(), fail.error)] }))?;
+            if let Some(at) = seen.attached {
+                let error = Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm };
+                return Err(Fail::clean(Error::Several { lines: vec![(disk, error)] }));
+            }
+        }
+        let mut count = 0;
+        for (disk, volume) in volumes(self) {
+            self.step(live, "phase 3: delete one after the other")?;
+            failpoint::reach("destroy.between").await;
+            let action = Action::Delete { volume: volume.uuid, expunge: false };
+            if let Err(error) = self.part(live, &volume, action).await {
+                return Err(Fail::clean(Error::Several { lines: vec![(disk, error)] }));
+            }
+            count += 1;
+        }
+        self.step(live, "forget the job")?;
+        let left = self.disks_of(row)?.len();
+        if left > 0 {
+            let id = self.core.lock().job_name(row).ok_or_else(|| Fail::clean(Error::Stale))?;
+            return Err(Fail::clean(Error::JobNotEmpty { job: id, count: left }));
+        }
+        failpoint::reach("destroy.forget").await;
+        let at = (self.clock)();
+        Ok(Done {
+            changes: vec![Change::JobForget { row, at }],
+            apply: Some(Box::new(move |core, at| core.remove_job(row, at))),
+            note: format!("{count} volumes deleted"),
+            look: None,
+        })
+    }
+
+    /// One volume's part of a job's operation that has reserved it: journaled as its own operation.
+    async fn part(self: &Arc<Self>, parent: &Live, volume: &Volume, action: Action) -> Result<(), Error> {
+        let target = Target::Volume(volume.row);
+        let caller = parent.caller.clone();
+        let live = self.publish(|core, at| core.begin(target, action, caller, Some(parent.id), at));
+        let ticket = live.ticket.clone();
+        Box::pin(self.clone().drive(live)).await;
+        ticket.wait().await
+    }
+
+    /// Whether a job's destroy may begin, and if so its reservation of every volume.
+    pub(super) fn admit_destroy(core: &Core, job: &Job, named: &JobId) -> Verdict {
+        if *named != job.id {
+            let (given, this) = (named.to_string(), job.id.to_string());
+            return Verdict::Deny(Error::WrongName { verb: Verb::Destroy, given, this });
+        }
+        if job.hold.0 {
+            return Verdict::Deny(Error::Held { job: job.id.clone() });
+        }
+        if let Some(op) = job.creating.values().next() {
+            return Verdict::Deny(in_flight(core, *op, format!("job {}", job.id)));
+        }
+        let mut lines = Vec::new();
+        let mut unknown = false;
+        for (disk, row) in &job.disks {
+            let Some(volume) = core.world.volumes.get(row) else { continue };
+            if let Some(running) = volume.running {
+                lines.push((disk.clone(), in_flight(core, running.op, format!("volume {}", volume.uuid))));
+                continue;
+            }
+            match volume.base {
+                Status::Detached | Status::Attached | Status::Missing => {}
+                Status::Unknown => unknown = true,
+                status => {
+                    let way_out = "destroy deletes only what is detached, attached and unused, or missing";
+                    lines.push((disk.clone(), Error::WrongStatus { volume: volume.uuid, status, way_out }));
+                }
+            }
+        }
+        if !lines.is_empty() {
+            return Verdict::Deny(Error::Several { lines });
+        }
+        if unknown { Verdict::Reconcile } else { Verdict::Start }
+    }
+}
+
+/// The sentence for what another operation is in the way of.
+pub(super) fn in_flight(core: &Core, id: OpId, object: String) -> Error {
+    let running = core.world.operations.get(&id).map_or_else(|| "an operation".into(), |op| op.command.to_string());
+    Error::InFlight { running, id, object }
+}
+
+/// A job with nothing in it.
+pub(super) fn new_job(row: JobRow, id: JobId, at: Timestamp) -> Job {
+    Job {
+        row,
+        id,
+        created: at,
+        vm_name: ("".into(), at),
+        hold: (false, at),
+        disks: OrdMap::new(),
+        creating: OrdMap::new(),
+        running: None,
+        error: None,
+        history: Vector::new(),
+        status_at: at,
+        listed_at: at,
+    }
+}
+
+impl Core {
+    /// Forgets a job in the world.
+    pub(super) fn remove_job(&mut self, row: JobRow, at: Timestamp) {
+        if let Some(job) = self.world.jobs.remove(&row) {
+            self.world.job_rows.remove(&job.id);
+            self.world.listed_at = at;
+            self.event(Some(row), serde_json::json!({"event": "forgotten", "job": job.id.as_str()}));
+        }
+    }
+}

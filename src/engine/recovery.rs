@@ -1,0 +1,215 @@
+//! After a crash: every operation the journal says has begun and not ended is settled by looking.
+//!
+//! Where the cloud has begun it, it is finished; where it had not, `create` and `attach` end as if
+//! never begun, and what takes away ends as `interrupted`: recovery starts nothing (rule R10).
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use super::core::Live;
+use super::operation::{Done, Fail};
+use super::ticket::Ticket;
+use super::{Engine, Target};
+use crate::command::{self, Action, Place};
+use crate::error::Error;
+use crate::model::{DiskRow, Mark, Outcome, Status};
+use crate::store::{Change, OpRow};
+
+/// What looking has told about an operation that was left behind.
+enum Found {
+    /// It happened, or can be finished without taking anything away.
+    Finish(Box<Done>),
+    /// It had not begun: nothing changed.
+    NotBegun,
+    /// Nobody can tell yet.
+    Unclear(Fail),
+}
+
+impl Engine {
+    /// Takes over an unfinished operation in memory, so that its object shows it and equal commands join.
+    pub(super) fn take_over(&self, row: &OpRow) -> Option<Live> {
+        let target = {
+            let core = self.core.lock();
+            match (row.volume.and_then(|v| core.world.by_uuid.get(&v).copied()), row.job) {
+                (Some(volume), _) => Target::Volume(volume),
+                (None, Some(job)) if core.world.jobs.contains_key(&job) => Target::Job(job),
+                _ => return None,
+            }
+        };
+        let place = match target {
+            Target::Volume(_) => Place::Volume,
+            Target::Job(_) => Place::Job,
+            Target::Root => Place::Root,
+        };
+        let command = command::parse(row.command.as_bytes(), place).ok()?;
+        let detail: serde_json::Value = serde_json::from_str(&row.detail).unwrap_or_default();
+        let live = Live {
+            id: row.id,
+            fence: row.fence,
+            action: command.action,
+            target,
+            ticket: Ticket::default(),
+            journaled: Ticket::done(Ok(())),
+            stop: Arc::new(AtomicBool::new(false)),
+            caller: Arc::new(row.caller.clone()),
+            began: row.began,
+            clock: std::time::Instant::now(),
+            epoch: detail["epoch"].as_u64().unwrap_or(0),
+            parent: row.parent,
+            recovering: true,
+        };
+        self.publish(|core, at| core.adopt(live.clone(), at));
+        Some(live)
+    }
+
+    /// An unfinished operation whose object is gone, or whose command is not understood, ends here.
+    pub(super) async fn close_stray(&self, row: &OpRow) {
+        let at = (self.clock)();
+        let sentence = "a crash came, and what it was about is not here any more".to_owned();
+        let end = Change::OpEnd { id: row.id, outcome: Outcome::Interrupted, sentence, at };
+        if let Err(error) = self.store.commit(vec![end]).await {
+            tracing::error!(operation = %row.id, "its end could not be recorded: {error}");
+        }
+    }
+
+    /// Settles one operation that was taken over.
+    pub(super) async fn recover(self: Arc<Self>, live: Live) {
+        let what = command::spell(&live.action);
+        tracing::info!(operation = %live.id, "settling `{what}`, which a crash left behind");
+        loop {
+            match self.settle_left(&live).await {
+                Found::Finish(done) => {
+                    self.conclude(live, Ok(*done)).await;
+                    return;
+                }
+                Found::NotBegun => {
+                    let interrupted = Error::LeftBehind { what };
+                    self.interrupted(live, interrupted).await;
+                    return;
+                }
+                Found::Unclear(fail) => {
+                    tracing::warn!(operation = %live.id, "not settled yet: {}", fail.error);
+                    self.publish(|core, _| core.step(live.id, "waits for the cloud after a crash"));
+                    tokio::time::sleep(super::operation::LOOK_AGAIN).await;
+                }
+            }
+            if !self.core.lock().owns(&live) {
+                return;
+            }
+        }
+    }
+
+    async fn interrupted(self: &Arc<Self>, live: Live, error: Error) {
+        let at = (self.clock)();
+        let sentence = error.to_string();
+        let end = Change::OpEnd { id: live.id, outcome: Outcome::Interrupted, sentence: sentence.clone(), at };
+        if let Err(error) = self.store.commit(vec![end]).await {
+            let words = error.to_string();
+            self.store_health(Some(&Error::NotRecorded { what: "the end of an interrupted operation".into(), words }));
+        }
+        self.publish(|core, at| core.end(&live, Outcome::Interrupted, &sentence, at));
+        if let Target::Volume(row) = live.target {
+            self.look_at(row).await;
+        }
+        live.ticket.complete(Err(error));
+    }
+
+    async fn settle_left(self: &Arc<Self>, live: &Live) -> Found {
+        match (live.target, &live.action) {
+            (Target::Job(job), Action::Create { disk, size, .. }) => match self.cloud.find_created(live.fence).await {
+                Ok(Some(made)) => match self.created(live, job, disk, *size, made) {
+                    Ok(done) => Found::Finish(Box::new(done)),
+                    Err(_) => Found::NotBegun,
+                },
+                Ok(None) => Found::NotBegun,
+                Err(error) => Found::Unclear(Fail::clean(Error::CannotTell { why: error.to_string() })),
+            },
+            (Target::Job(job), Action::Claim { volume, disk, .. }) => {
+                let mark = Mark { record: self.record, epoch: live.epoch };
+                match self.cloud.find(*volume).await {
+                    Ok(Some(seen)) if seen.mark == Some(mark) => {
+                        // The mark is ours already, and setting it again is success.
+                        match self.claim(live, job, *volume, disk.clone(), None).await {
+                            Ok(done) => Found::Finish(Box::new(done)),
+                            Err(fail) => Found::Unclear(fail),
+                        }
+                    }
+                    Ok(_) => Found::NotBegun,
+                    Err(error) => Found::Unclear(Fail::clean(Error::CannotTell { why: error.to_string() })),
+                }
+            }
+            (Target::Volume(row), action) => self.settle_left_volume(live, row, action).await,
+            // A job's operation: its parts settle each for itself, the rest is not begun again.
+            _ => Found::NotBegun,
+        }
+    }
+
+    async fn settle_left_volume(self: &Arc<Self>, live: &Live, row: DiskRow, action: &Action) -> Found {
+        let Some(volume) = self.world().volumes.get(&row).cloned() else { return Found::NotBegun };
+        let seen = match self.cloud.find(volume.uuid).await {
+            Ok(seen) => seen,
+            Err(error) => return Found::Unclear(Fail::clean(Error::CannotTell { why: error.to_string() })),
+        };
+        let finish = |acted: Result<Done, Fail>| match acted {
+            Ok(done) => Found::Finish(Box::new(done)),
+            Err(fail) if fail.ambiguous => Found::Unclear(fail),
+            Err(_) => Found::NotBegun,
+        };
+        let ours = self.mark(&volume);
+        match action {
+            Action::Attach { vm, slot } => {
+                let vm = vm.unwrap_or(self.host);
+                match &seen {
+                    // The cloud has begun: the same steps find it attached, and prove it.
+                    Some(seen) if seen.attached.is_some_and(|a| a.vm == vm) && seen.mark == Some(ours) => {
+                        finish(self.attach(live, row, Some(vm), *slot).await)
+                    }
+                    _ => Found::NotBegun,
+                }
+            }
+            Action::Detach { vm, force } => {
+                let vm = vm.unwrap_or(self.host);
+                match &seen {
+                    // Gone from there: the same steps find nothing to take away, and record it.
+                    Some(seen) if seen.attached.is_none_or(|a| a.vm != vm) && seen.mark == Some(ours) => {
+                        let here = self.candidates(volume.uuid).await;
+                        match here {
+                            Ok(disks) if disks.is_empty() || vm != self.host => {
+                                finish(self.detach(live, row, Some(vm), *force).await)
+                            }
+                            _ => Found::NotBegun,
+                        }
+                    }
+                    _ => Found::NotBegun,
+                }
+            }
+            Action::Resize { size } => match &seen {
+                Some(seen) if seen.size >= *size && seen.mark == Some(ours) => {
+                    finish(self.resize(live, row, seen.size).await)
+                }
+                _ => Found::NotBegun,
+            },
+            Action::Delete { .. } => match &seen {
+                None => Found::Finish(Box::new(self.gone(&volume, "done before a crash".into()))),
+                Some(_) => Found::NotBegun,
+            },
+            Action::Release { .. } => match &seen {
+                Some(seen) if seen.mark.is_none() && volume.recorded != Status::Conflict => {
+                    Found::Finish(Box::new(self.released(&volume, "done before a crash".into())))
+                }
+                _ => Found::NotBegun,
+            },
+            Action::Move { job } => {
+                let mark = Mark { record: self.record, epoch: live.epoch };
+                let target = self.world().job_rows.get(job).copied();
+                match (&seen, target) {
+                    (Some(seen), Some(target)) if seen.mark == Some(mark) => {
+                        Found::Finish(Box::new(self.moved(live, &volume, target)))
+                    }
+                    _ => Found::NotBegun,
+                }
+            }
+            _ => Found::NotBegun,
+        }
+    }
+}

@@ -1,0 +1,463 @@
+//! Reconciling, the part that looks: a round over everything, one volume, and the kernel's events.
+//!
+//! Nothing here starts anything that takes away (rule R10): it looks, records and publishes.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::Engine;
+use super::core::Core;
+use super::reconcile::{CloudView, Finding, Recorded, Rules, settle};
+use super::volume::{facts, mapping_row, show_facts};
+use super::world::{Component, Mapping, Unclaimed, VmView, Volume};
+use crate::cloud::{CloudError, CloudVolume, Survey};
+use crate::devices::DevicesError;
+use crate::error::Error;
+use crate::failpoint;
+use crate::model::{Disk, DiskRow, Status, Timestamp, VmId, VolumeId};
+use crate::store::{Change, MappingRow};
+
+/// What looking at one volume has found, not yet recorded.
+struct Settled {
+    before: Arc<Volume>,
+    finding: Finding,
+    seen: Option<CloudVolume>,
+    mapping: Option<Arc<Mapping>>,
+    changes: Vec<Change>,
+}
+
+impl Engine {
+    fn rules(&self) -> Rules {
+        Rules { host: self.host, exact_size: self.exact_size }
+    }
+
+    /// How far apart two looks must be before a volume's absence is believed (row V6).
+    pub(super) fn absence_gap(&self) -> Duration {
+        if failpoint::hit("reconcile.no-gap") { Duration::ZERO } else { self.absence_gap }
+    }
+
+    /// Whether an absence seen now is confirmed by an earlier one.
+    fn absent(&self, volume: VolumeId, looked: Instant) -> CloudView<'static> {
+        let first = *self.core.lock().absent.entry(volume).or_insert(looked);
+        let confirmed = looked.saturating_duration_since(first) >= self.absence_gap() && first != looked;
+        CloudView::Absent { confirmed }
+    }
+
+    /// Compares one volume's three views; `None` when nothing has changed.
+    async fn compare(&self, before: Arc<Volume>, cloud: &CloudView<'_>, disks: &[Disk]) -> Option<Settled> {
+        let candidates: Vec<Disk> = disks.iter().filter(|d| d.identity.names(before.uuid)).cloned().collect();
+        let recorded = Recorded {
+            status: before.base,
+            vm: before.vm,
+            mapped: before.mapping.as_ref().map(|m| m.incarnation),
+            size: before.size,
+            mark: self.mark(&before),
+        };
+        let mut finding = settle(&recorded, cloud, &candidates, self.rules());
+        let mut mapping = None;
+        if let Some(disk) = &finding.device {
+            match self.map(&before, disk).await {
+                Ok(made) => mapping = Some(made),
+                Err(DevicesError::Gone { .. }) => return None,
+                Err(error) => {
+                    finding =
+                        Finding { status: Status::Unknown, device: None, why: Some(error.to_string()), ..finding };
+                }
+            }
+        }
+        let seen = match cloud {
+            CloudView::Seen(seen) => Some((*seen).clone()),
+            _ => None,
+        };
+        let same_facts = seen.as_ref().is_none_or(|seen| {
+            let mut shown = (*before).clone();
+            show_facts(&mut shown, seen);
+            shown.size == before.size
+                && shown.name == before.name
+                && shown.cloud_state == before.cloud_state
+                && shown.owner == before.owner
+                && shown.device_id == before.device_id
+        });
+        let same_mapping = match (&before.mapping, &mapping) {
+            (None, None) => true,
+            (Some(a), Some(b)) => a.row == b.row && Arc::ptr_eq(&a.pin, &b.pin) && a.size == b.size,
+            _ => false,
+        };
+        let same =
+            finding.status == before.base && finding.vm == before.vm && finding.why.as_deref() == before.why.as_deref();
+        let known = before.recorded == before.base || finding.status == Status::Unknown;
+        if same && same_facts && same_mapping && known {
+            return None;
+        }
+        let at = (self.clock)();
+        let mut changes = Vec::new();
+        if let Some(seen) = &seen
+            && !same_facts
+        {
+            changes.push(facts(seen, &before.serial));
+        }
+        match (&mapping, finding.status) {
+            (Some(mapping), _) if !same_mapping => {
+                changes.push(Change::MappingSet(mapping_row(&before, mapping, self.host)))
+            }
+            (None, Status::Remote) if finding.vm != before.vm || before.recorded != Status::Remote => {
+                if let Some(vm) = finding.vm {
+                    let row = self.core.lock().next_mapping();
+                    changes.push(Change::MappingSet(MappingRow { row, volume: before.uuid, vm, device: None, at }));
+                }
+            }
+            (None, Status::Detached | Status::Missing | Status::Lost) if finding.status != before.recorded => {
+                changes.push(Change::MappingEnd { volume: before.uuid });
+            }
+            _ => {}
+        }
+        // `unknown` for want of a look is not written over what the record knew.
+        if finding.status != before.recorded && !(finding.status == Status::Unknown && seen.is_none()) {
+            changes.push(Change::VolumeStatus { volume: before.uuid, status: finding.status, at });
+        }
+        Some(Settled { before, finding, seen, mapping, changes })
+    }
+
+    /// Records and publishes what was found, but for volumes that something has happened to since.
+    async fn apply(&self, settled: Vec<Settled>) {
+        if settled.is_empty() {
+            return;
+        }
+        let still = |core: &Core, s: &Settled| {
+            core.world.volumes.get(&s.before.row).is_some_and(|now| Arc::ptr_eq(now, &s.before))
+        };
+        let settled: Vec<Settled> = {
+            let core = self.core.lock();
+            settled.into_iter().filter(|s| still(&core, s)).collect()
+        };
+        let changes: Vec<Change> = settled.iter().flat_map(|s| s.changes.iter().cloned()).collect();
+        let mut recorded = true;
+        if !changes.is_empty() && self.read_only.is_none() {
+            let outcome = self.store.commit(changes).await;
+            recorded = outcome.is_ok();
+            let failed = outcome
+                .err()
+                .map(|e| Error::NotRecorded { what: "what reconciling found".into(), words: e.to_string() });
+            self.store_health(failed.as_ref());
+        }
+        self.publish(|core, at| {
+            for s in settled {
+                if still(core, &s) {
+                    core.show(s, recorded, at);
+                }
+            }
+        });
+    }
+
+    /// Looks at one volume: kernel at once, then the cloud, then both together.
+    pub(super) async fn look_at(&self, row: DiskRow) {
+        for _ in 0..3 {
+            let Some(before) = self.idle(row) else { return };
+            let Ok(disks) = self.candidates(before.uuid).await else { return };
+            if before.mapping.as_ref().is_some_and(|m| !m.pin.alive()) {
+                if let Some(s) = self.compare(before, &CloudView::Unseen, &disks).await {
+                    self.apply(vec![s]).await;
+                }
+                continue;
+            }
+            let looked = Instant::now();
+            let answer = self.cloud.find(before.uuid).await;
+            let Ok(disks) = self.candidates(before.uuid).await else { return };
+            let view = match &answer {
+                Ok(Some(seen)) => {
+                    self.core.lock().absent.remove(&before.uuid);
+                    CloudView::Seen(seen)
+                }
+                Ok(None) => self.absent(before.uuid, looked),
+                Err(_) => CloudView::Unseen,
+            };
+            self.cloud_health(answer.as_ref().err());
+            match self.compare(before.clone(), &view, &disks).await {
+                None => return,
+                Some(s) => self.apply(vec![s]).await,
+            }
+            if self.idle(row).is_none_or(|now| !Arc::ptr_eq(&now, &before)) {
+                return;
+            }
+        }
+    }
+
+    /// The volume, if no operation is on it: an operation settles its volume itself.
+    fn idle(&self, row: DiskRow) -> Option<Arc<Volume>> {
+        self.world().volumes.get(&row).filter(|v| v.running.is_none()).cloned()
+    }
+
+    /// `reconcile` on a volume: looks until it is settled, twice where one look is not believed.
+    pub(super) async fn settle_volume(&self, row: DiskRow) -> Result<(), Error> {
+        self.look_at(row).await;
+        let volume = self.world().volumes.get(&row).cloned().ok_or(Error::Departed)?;
+        let waits_for_second_look =
+            volume.base == Status::Unknown && self.core.lock().absent.contains_key(&volume.uuid);
+        if waits_for_second_look {
+            tokio::time::sleep(self.absence_gap()).await;
+            self.look_at(row).await;
+        }
+        let volume = self.world().volumes.get(&row).cloned().ok_or(Error::Departed)?;
+        match volume.base {
+            Status::Unknown | Status::Conflict if volume.running.is_none() => Err(Error::NotSettled {
+                volume: volume.uuid,
+                status: volume.base,
+                why: volume.why.as_deref().unwrap_or("nobody can tell").into(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn cloud_health(&self, failed: Option<&CloudError>) {
+        let now = match failed {
+            None => Component::Ok,
+            Some(error) => Component::Degraded(error.to_string().into()),
+        };
+        if self.world().health.cloud != now {
+            self.publish(|core, at| {
+                core.world.health.cloud = now;
+                core.world.health.at = at;
+            });
+        }
+    }
+
+    fn devices_health(&self, failed: Option<&DevicesError>) {
+        let now = match failed {
+            None => Component::Ok,
+            Some(error) => Component::Down(error.to_string().into()),
+        };
+        if self.world().health.devices != now {
+            self.publish(|core, at| {
+                core.world.health.devices = now;
+                core.world.health.at = at;
+            });
+        }
+    }
+
+    /// One round over everything: one survey, one scan, one commit, one publish.
+    pub(super) async fn round(&self) -> Result<(), Error> {
+        let _one_at_a_time = self.rounds.lock().await;
+        let world = self.world();
+        let loose: Vec<VolumeId> = self.core.lock().loose.iter().copied().collect();
+        let mut vms: BTreeSet<VmId> = world.vms.keys().copied().collect();
+        vms.insert(self.host);
+        let survey = Survey {
+            volumes: world.by_uuid.keys().copied().chain(loose.iter().copied()).collect(),
+            vms: vms.into_iter().collect(),
+            record: Some(self.record),
+        };
+        let looked = Instant::now();
+        let answer = self.cloud.survey(&survey).await;
+        self.cloud_health(answer.as_ref().err());
+        let disks = self.kernel(|devices| devices.disks()).await;
+        self.devices_health(disks.as_ref().err());
+        let disks = disks.map_err(|e| Error::CannotTell { why: e.to_string() })?;
+        let by_id: Option<HashMap<VolumeId, &CloudVolume>> =
+            answer.as_ref().ok().map(|v| v.iter().map(|c| (c.id, c)).collect());
+        let mut by_volume: HashMap<VolumeId, Vec<Disk>> = HashMap::new();
+        for disk in &disks {
+            for volume in world.named_by(&disk.identity) {
+                by_volume.entry(volume.uuid).or_default().push(disk.clone());
+            }
+        }
+        let mut settled = Vec::new();
+        for before in world.volumes.values().filter(|v| v.running.is_none()) {
+            let view = match &by_id {
+                None => CloudView::Unseen,
+                Some(map) => match map.get(&before.uuid) {
+                    Some(seen) => CloudView::Seen(seen),
+                    None => self.absent(before.uuid, looked),
+                },
+            };
+            let own = by_volume.get(&before.uuid).map_or(&[][..], Vec::as_slice);
+            if let Some(s) = self.compare(before.clone(), &view, own).await {
+                settled.push(s);
+            }
+        }
+        if let Some(map) = &by_id {
+            self.core.lock().absent.retain(|volume, _| !map.contains_key(volume));
+        }
+        self.apply(settled).await;
+        let answer = match answer {
+            Ok(volumes) => Some(volumes),
+            Err(error) => {
+                self.publish(|core, at| core.age_views(at, self.interval));
+                return Err(Error::CloudUnreachable { what: "reconciling".into(), words: error.to_string() });
+            }
+        };
+        let host = self.host;
+        let record = self.record;
+        self.publish(|core, at| {
+            core.world.counters.reconciles += 1;
+            core.world.health.reconciler = Component::Ok;
+            let volumes = answer.unwrap_or_default();
+            core.show_vms(&volumes, at);
+            core.show_unclaimed(volumes, &disks, host, record, at);
+            core.age_views(at, self.interval);
+        });
+        Ok(())
+    }
+
+    /// Rounds at start, when asked, and every interval; ends when the engine shuts down.
+    pub(super) async fn rounds(self: Arc<Self>) {
+        loop {
+            if let Err(error) = self.round().await {
+                tracing::warn!("reconcile round: {error}");
+            }
+            let second_look = self.core.lock().absent.values().min().copied();
+            let gap = self.absence_gap() + Duration::from_millis(100);
+            let pause = match second_look {
+                Some(first) if first.elapsed() < gap => self.interval.min(gap),
+                _ => self.interval,
+            };
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.round_wanted.notified() => {}
+                () = self.closing.notified() => return,
+            }
+        }
+    }
+
+    /// Follows the kernel's events: a volume whose disk came, changed or went is looked at at once.
+    pub(super) async fn follow(self: Arc<Self>) {
+        use tokio::sync::broadcast::error::RecvError;
+        let mut changes = self.devices.changes();
+        loop {
+            match changes.recv().await {
+                Ok(change) if &*change.name == "*" => self.round_wanted.notify_one(),
+                Ok(change) => self.changed(&change.name).await,
+                Err(RecvError::Lagged(_)) => self.round_wanted.notify_one(),
+                Err(RecvError::Closed) => {
+                    let words = "the kernel's events ended: changes are seen at the interval only";
+                    self.publish(|core, at| {
+                        core.world.health.devices = Component::Degraded(words.into());
+                        core.world.health.at = at;
+                    });
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn changed(self: &Arc<Self>, name: &Arc<str>) {
+        let world = self.world();
+        let asked = name.clone();
+        let disk = match self.kernel(move |devices| devices.disk(&asked)).await {
+            Ok(disk) => disk,
+            Err(error) => {
+                tracing::debug!(%name, "a changed device could not be looked at: {error}");
+                None
+            }
+        };
+        let mut rows = BTreeSet::new();
+        rows.extend(world.by_device.get(name).copied());
+        if let Some(disk) = &disk {
+            let mapped = |v: &Volume| {
+                v.mapping.as_ref().is_some_and(|m| m.incarnation == disk.incarnation && m.size == disk.size)
+            };
+            rows.extend(world.named_by(&disk.identity).filter(|v| !mapped(v)).map(|v| v.row));
+        }
+        for row in rows {
+            if self.idle(row).is_some() {
+                let engine = self.clone();
+                self.runtime.spawn(async move { engine.look_at(row).await });
+            }
+        }
+    }
+}
+
+impl Core {
+    fn show(&mut self, s: Settled, recorded: bool, at: Timestamp) {
+        let Settled { before, finding, seen, mapping, changes } = s;
+        if finding.drift {
+            self.world.counters.drift += 1;
+            tracing::warn!(volume = %before.uuid, from = %before.base, to = %finding.status,
+                "changed behind volfs's back: {}", finding.why.as_deref().unwrap_or("no reason known"));
+            let fields = serde_json::json!({"event": "drift", "volume": before.uuid, "disk": before.disk.as_str(),
+                "from": before.base.as_str(), "to": finding.status.as_str()});
+            self.event(Some(before.job), fields);
+        }
+        if let Some(old) = &before.mapping
+            && mapping.as_ref().is_none_or(|new| !Arc::ptr_eq(&new.pin, &old.pin))
+        {
+            old.pin.release();
+        }
+        let status_recorded = changes.iter().any(|c| matches!(c, Change::VolumeStatus { .. })) && recorded;
+        self.with_volume(before.row, at, |v| {
+            if let Some(seen) = &seen {
+                show_facts(v, seen);
+            }
+            v.base = finding.status;
+            v.vm = finding.vm;
+            v.why = finding.why.map(Into::into);
+            if let Some(disk) = &finding.device {
+                v.serial = disk.identity.text().into();
+            }
+            v.mapping = mapping;
+            if status_recorded {
+                v.recorded = finding.status;
+            }
+        });
+    }
+
+    fn show_vms(&mut self, volumes: &[CloudVolume], at: Timestamp) {
+        let named: Vec<VmId> = self.world.vms.keys().copied().collect();
+        for vm in named {
+            let mut on: Vec<VolumeId> =
+                volumes.iter().filter(|v| v.attached.is_some_and(|a| a.vm == vm)).map(|v| v.id).collect();
+            on.sort();
+            self.world.vms.insert(vm, Arc::new(VmView { volumes: on, seen: Some(at), stale: false }));
+        }
+    }
+
+    fn age_views(&mut self, at: Timestamp, interval: Duration) {
+        let named: Vec<(VmId, Arc<VmView>)> = self.world.vms.iter().map(|(k, v)| (*k, v.clone())).collect();
+        for (vm, view) in named {
+            let stale = view.seen.is_none_or(|seen| seen.plus(interval * 3) < at);
+            if stale != view.stale {
+                self.world.vms.insert(vm, Arc::new(VmView { stale, ..(*view).clone() }));
+            }
+        }
+    }
+
+    fn show_unclaimed(
+        &mut self,
+        volumes: Vec<CloudVolume>,
+        disks: &[Disk],
+        host: VmId,
+        record: crate::model::RecordId,
+        at: Timestamp,
+    ) {
+        let mut now = imbl::OrdMap::new();
+        for cloud in volumes {
+            if self.world.by_uuid.contains_key(&cloud.id) || self.claiming.contains(&cloud.id) {
+                continue;
+            }
+            let reason = match (cloud.attached, cloud.mark) {
+                (Some(a), _) if a.vm == host => "attached to this host, in no job".to_owned(),
+                (Some(a), _) if self.world.vms.contains_key(&a.vm) => format!("attached to VM {}, in no job", a.vm),
+                (_, Some(mark)) if mark.record == record => "carries this record's mark, in no job".to_owned(),
+                _ if self.loose.contains(&cloud.id) => "in this record, in no job".to_owned(),
+                _ => continue,
+            };
+            let disk = disks.iter().find(|d| d.identity.names(cloud.id));
+            let old = self.world.unclaimed.get(&cloud.id);
+            let since = old.map_or(at, |o| o.since);
+            now.insert(
+                cloud.id,
+                Arc::new(Unclaimed {
+                    device: disk.map(|d| d.name.clone()),
+                    serial: disk.map_or_else(|| "".into(), |d| d.identity.text().into()),
+                    cloud: Arc::new(cloud),
+                    reason: reason.into(),
+                    since,
+                }),
+            );
+        }
+        if now.len() != self.world.unclaimed.len() || now.keys().any(|k| !self.world.unclaimed.contains_key(k)) {
+            self.world.listed_at = at;
+        }
+        self.world.unclaimed = now;
+    }
+}

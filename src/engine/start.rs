@@ -1,0 +1,257 @@
+//! From the record to a running engine: load, verify by the kernel, take over what a crash left.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use imbl::{OrdMap, Vector};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::core::Core;
+use super::jobs::new_job;
+use super::ownership::blank;
+use super::world::{Component, Counters, Health, HistoryRow, Mapping, Times, Volume, World};
+use super::{Engine, Events, Options};
+use crate::cloud::Cloud;
+use crate::devices::Devices;
+use crate::model::{Disk, JobId, OpId, Outcome, Status, Timestamp, Verb};
+use crate::store::{DiskLoaded, Loaded, OpRow, Store, StoreError};
+
+impl Engine {
+    /// Loads the record, verifies what was attached against the kernel, takes over unfinished
+    /// operations, and begins to reconcile. Blocking; called once, before the tree is served.
+    /// `runtime` runs everything that waits.
+    pub fn start(
+        store: Arc<dyn Store>,
+        cloud: Arc<dyn Cloud>,
+        devices: Arc<dyn Devices>,
+        options: Options,
+        runtime: tokio::runtime::Handle,
+    ) -> Result<Arc<Engine>, StoreError> {
+        let loaded = store.load(options.history)?;
+        let about = cloud.about().clone();
+        let at = (options.clock)();
+        let read_only: Option<Arc<str>> = options.read_only.as_deref().map(Into::into);
+        let world = empty_world(&loaded, &about, &*devices, read_only.clone(), at);
+        let mut core = Core::new(world, loaded.next, options.history);
+        let disks = devices.disks();
+        if let Err(error) = &disks {
+            core.world.health.devices = Component::Down(error.to_string().into());
+        }
+        core.fill(&loaded, &disks.unwrap_or_default(), &*devices, about.host, options.exact_size, at);
+        let unfinished: Vec<OpRow> = loaded.unfinished.clone();
+        let world = Arc::new(core.world.clone());
+        let engine = Arc::new_cyclic(|me| Engine {
+            me: me.clone(),
+            core: Mutex::new(core),
+            world: ArcSwap::new(world),
+            events: Events::new(options.events),
+            watchers: Mutex::new(Vec::new()),
+            store,
+            cloud,
+            devices,
+            clock: options.clock,
+            host: about.host,
+            about,
+            record: loaded.record,
+            exact_size: options.exact_size,
+            interval: options.interval,
+            absence_gap: options.absence_gap,
+            read_only,
+            runtime: runtime.clone(),
+            round_wanted: Arc::new(Notify::new()),
+            closing: Arc::new(Notify::new()),
+            rounds: tokio::sync::Mutex::new(()),
+        });
+        if engine.read_only.is_none() {
+            for row in unfinished {
+                match engine.take_over(&row) {
+                    Some(live) => drop(runtime.spawn(engine.clone().recover(live))),
+                    None => drop(runtime.spawn({
+                        let engine = engine.clone();
+                        async move { engine.close_stray(&row).await }
+                    })),
+                }
+            }
+        }
+        runtime.spawn(engine.clone().follow());
+        runtime.spawn(engine.clone().rounds());
+        Ok(engine)
+    }
+
+    /// Resolves when the first round of reconciling has ended, well or not.
+    pub async fn first_round(&self) {
+        loop {
+            if self.world().counters.reconciles > 0 {
+                return;
+            }
+            // One runs at a time: having the lock means that a round has ended, or none has begun.
+            let held = self.rounds.lock().await;
+            drop(held);
+            if self.world().counters.reconciles > 0 || self.world().health.cloud != Component::Ok {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+fn empty_world(
+    loaded: &Loaded,
+    about: &crate::cloud::About,
+    devices: &dyn Devices,
+    read_only: Option<Arc<str>>,
+    at: Timestamp,
+) -> World {
+    World {
+        seq: 0,
+        at,
+        record: loaded.record,
+        host: about.host,
+        boot: devices.boot(),
+        started: at,
+        read_only,
+        provider: about.name,
+        most_disks: about.most_disks,
+        jobs: OrdMap::new(),
+        job_rows: OrdMap::new(),
+        volumes: OrdMap::new(),
+        by_uuid: OrdMap::new(),
+        by_mapping: OrdMap::new(),
+        by_device: OrdMap::new(),
+        operations: OrdMap::new(),
+        unclaimed: OrdMap::new(),
+        vms: OrdMap::new(),
+        history: Vector::new(),
+        error: None,
+        listed_at: at,
+        health: Health {
+            cloud: Component::Ok,
+            store: Component::Ok,
+            devices: Component::Ok,
+            reconciler: Component::Ok,
+            at,
+        },
+        counters: Counters::default(),
+    }
+}
+
+impl Core {
+    fn fill(
+        &mut self,
+        loaded: &Loaded,
+        disks: &[Disk],
+        devices: &dyn Devices,
+        host: crate::model::VmId,
+        exact_size: bool,
+        at: Timestamp,
+    ) {
+        for job in &loaded.jobs {
+            let mut made = new_job(job.row, job.id.clone(), job.created);
+            made.vm_name = (job.vm_name.as_str().into(), job.vm_name_at);
+            made.hold = (job.hold, job.hold_at);
+            self.put_job(made, job.created);
+        }
+        for disk in &loaded.disks {
+            let volume = from_record(disk, disks, devices, host, exact_size, self.world.record);
+            if let Some(vm) = disk.mapping.as_ref().map(|m| m.vm).filter(|vm| *vm != host) {
+                self.watch(vm);
+            }
+            let (row, times) = (volume.row, volume.times);
+            self.put_volume(volume, at);
+            // Times are the record's, not this start's.
+            if let Some(volume) = self.world.volumes.get(&row) {
+                let mut volume = (**volume).clone();
+                volume.times = times;
+                self.world.volumes.insert(row, Arc::new(volume));
+            }
+        }
+        self.volume_rows = loaded.volume_rows.iter().copied().collect::<HashMap<_, _>>();
+        self.loose = loaded.loose.iter().copied().collect();
+        for (op, job) in &loaded.history {
+            if let Some(row) = history_row(op, job.clone()) {
+                let ended = row.at;
+                let job = op.job.filter(|row| self.world.jobs.contains_key(row));
+                self.add_history(row, job, ended);
+            }
+        }
+        self.world.listed_at = at;
+        self.take_events();
+    }
+}
+
+fn history_row(op: &OpRow, job: Option<JobId>) -> Option<HistoryRow> {
+    let (outcome, sentence, at) = op.ended.clone()?;
+    let sentence = match (op.verb, outcome) {
+        (Verb::Mkdir | Verb::Rmdir | Verb::Set, Outcome::Done) => op.command.clone(),
+        _ => sentence,
+    };
+    Some(HistoryRow {
+        at,
+        op: OpId(op.id.0),
+        verb: op.verb,
+        job,
+        disk: op.disk.clone(),
+        volume: op.volume,
+        outcome,
+        sentence: sentence.into(),
+        took_ms: u64::try_from(at.0.saturating_sub(op.began.0)).unwrap_or(0),
+        caller: Arc::new(op.caller.clone()),
+    })
+}
+
+/// A volume as the record has it, believed only as far as the kernel confirms it (rows V3, V7).
+fn from_record(
+    loaded: &DiskLoaded,
+    disks: &[Disk],
+    devices: &dyn Devices,
+    host: crate::model::VmId,
+    exact_size: bool,
+    record: crate::model::RecordId,
+) -> Volume {
+    let mut volume = blank(loaded.row, loaded.volume, loaded.job, loaded.disk.clone(), loaded.epoch, Status::Unknown);
+    volume.recorded = loaded.status;
+    volume.name = loaded.name.as_str().into();
+    volume.size = loaded.size;
+    volume.serial = loaded.serial.as_str().into();
+    volume.cloud_state = loaded.cloud_state.as_str().into();
+    volume.device_id = loaded.device_id;
+    volume.owner = crate::model::Mark { record, epoch: loaded.epoch }.to_string().into();
+    volume.vm = loaded.mapping.as_ref().map(|m| m.vm);
+    volume.why = Some("volfs has just started, and has not looked yet".into());
+    volume.times = Times {
+        owned: loaded.at,
+        status: loaded.status_at,
+        device: loaded.mapping.as_ref().map_or(loaded.at, |m| m.at),
+        facts: loaded.at,
+        error: loaded.at,
+        history: loaded.at,
+    };
+    let mapped = loaded.mapping.as_ref().filter(|m| m.vm == host && loaded.status == Status::Attached);
+    if let Some((row, device)) = mapped.and_then(|m| Some((m, m.device.as_ref()?))) {
+        let own: Vec<&Disk> = disks.iter().filter(|d| d.identity.names(loaded.volume)).collect();
+        if let [disk] = own.as_slice()
+            && disk.incarnation == device.incarnation
+            && (disk.size == loaded.size || (!exact_size && disk.size >= loaded.size))
+        {
+            match devices.pin(disk) {
+                Ok(pin) => {
+                    volume.base = Status::Attached;
+                    volume.why = None;
+                    volume.mapping = Some(Arc::new(Mapping {
+                        row: row.row,
+                        name: disk.name.clone(),
+                        dev: disk.dev,
+                        incarnation: disk.incarnation,
+                        size: disk.size,
+                        pin,
+                        at: row.at,
+                    }));
+                }
+                Err(error) => tracing::warn!(volume = %loaded.volume, "not verified at start: {error}"),
+            }
+        }
+    }
+    volume
+}

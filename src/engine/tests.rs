@@ -1,0 +1,1 @@
+//! The engine against scripted fakes of its traits.

@@ -1,0 +1,621 @@
+//! Attach, detach, resize and delete: the steps, each of which looks before it acts.
+
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::Engine;
+use super::core::Live;
+use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail};
+use super::world::{Mapping, Volume};
+use crate::cloud::CloudVolume;
+use crate::devices::DevicesError;
+use crate::error::Error;
+use crate::failpoint;
+use crate::model::{Disk, DiskRow, Holder, HolderKind, Slot, Status, VmId};
+use crate::store::{Change, MappedDevice, MappingRow};
+
+fn cannot_tell(error: DevicesError) -> Fail {
+    Fail::ambiguous(Error::CannotTell { why: error.to_string() })
+}
+
+/// What the cloud says of a volume, for the record.
+pub(super) fn facts(seen: &CloudVolume, serial: &str) -> Change {
+    Change::VolumeFacts {
+        volume: seen.id,
+        name: seen.name.clone(),
+        size: seen.size,
+        serial: serial.into(),
+        cloud_state: seen.state.clone(),
+        device_id: seen.attached.and_then(|a| a.device_id),
+    }
+}
+
+/// The same, for the world.
+pub(super) fn show_facts(volume: &mut Volume, seen: &CloudVolume) {
+    if *volume.name != *seen.name {
+        volume.name = seen.name.as_str().into();
+    }
+    if *volume.cloud_state != *seen.state {
+        volume.cloud_state = seen.state.as_str().into();
+    }
+    let owner = seen.mark.map(|m| m.to_string()).unwrap_or_default();
+    if *volume.owner != *owner {
+        volume.owner = owner.into();
+    }
+    volume.size = seen.size;
+    volume.device_id = seen.attached.and_then(|a| a.device_id);
+}
+
+/// A mapping for the record.
+pub(super) fn mapping_row(volume: &Volume, mapping: &Mapping, host: VmId) -> MappingRow {
+    MappingRow {
+        row: mapping.row,
+        volume: volume.uuid,
+        vm: host,
+        device: Some(MappedDevice {
+            name: mapping.name.to_string(),
+            dev: mapping.dev,
+            incarnation: mapping.incarnation,
+            size: mapping.size,
+        }),
+        at: mapping.at,
+    }
+}
+
+impl Engine {
+    /// Pins a disk and makes a mapping of it; the row of the volume's mapping stays while the
+    /// incarnation does, so that node ids stay.
+    pub(super) async fn map(&self, volume: &Volume, disk: &Disk) -> Result<Arc<Mapping>, DevicesError> {
+        if let Some(old) = &volume.mapping
+            && old.incarnation == disk.incarnation
+            && old.dev == disk.dev
+            && old.pin.alive()
+        {
+            return Ok(Arc::new(Mapping { size: disk.size, ..(**old).clone() }));
+        }
+        let wanted = disk.clone();
+        let pin = self.kernel(move |devices| devices.pin(&wanted)).await?;
+        let row = match &volume.mapping {
+            Some(old) if old.incarnation == disk.incarnation && old.dev == disk.dev => old.row,
+            _ => self.core.lock().next_mapping(),
+        };
+        Ok(Arc::new(Mapping {
+            row,
+            name: disk.name.clone(),
+            dev: disk.dev,
+            incarnation: disk.incarnation,
+            size: disk.size,
+            pin,
+            at: (self.clock)(),
+        }))
+    }
+
+    pub(super) async fn attach(
+        self: &Arc<Self>,
+        live: &Live,
+        row: DiskRow,
+        vm: Option<VmId>,
+        slot: Option<Slot>,
+    ) -> Acted {
+        let vm = vm.unwrap_or(self.host);
+        let volume = self.owned(row)?;
+        let what = format!("attach of volume {}", volume.uuid);
+        self.step(live, "look at the volume in the cloud")?;
+        let seen = self.look_ours(&volume, &what).await?;
+        match seen.attached {
+            Some(at) if at.vm != vm => {
+                return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
+            }
+            Some(_) => {}
+            None => self.call_attach(live, &volume, vm, slot, &what).await?,
+        }
+        if vm == self.host {
+            self.prove_here(live, row, &what).await
+        } else {
+            self.prove_there(live, row, vm, slot, &what).await
+        }
+    }
+
+    async fn call_attach(
+        self: &Arc<Self>,
+        live: &Live,
+        volume: &Volume,
+        vm: VmId,
+        slot: Option<Slot>,
+        what: &str,
+    ) -> Result<(), Fail> {
+        let before =
+            self.candidates(volume.uuid).await.map_err(|e| Fail::clean(Error::CannotTell { why: e.to_string() }))?;
+        if let Some(disk) = before.first() {
+            let why = format!("/dev/{} carries its identity already, but the cloud says it is free", disk.name);
+            return Err(Fail::clean(Error::Contradiction { volume: volume.uuid, why }));
+        }
+        if vm != self.host {
+            let facts = self.patiently(what, None, || self.cloud.vm(vm)).await.map_err(|f| Fail::clean(f.error))?;
+            let Some(facts) = facts else { return Err(Fail::clean(Error::NoSuchVm { vm })) };
+            if slot == Some(Slot::Root) && facts.running {
+                return Err(Fail::clean(Error::VmNotReady {
+                    vm,
+                    why: "is running: a root disk is attached to a stopped VM",
+                }));
+            }
+            if slot == Some(Slot::Root) && facts.has_root {
+                return Err(Fail::clean(Error::VmNotReady { vm, why: "has a root disk already: detach that first" }));
+            }
+        }
+        self.step(live, "the cloud attaches it")?;
+        failpoint::reach("attach.before-call").await;
+        let answer = self.patiently(what, Some(volume.uuid), || self.cloud.attach(volume.uuid, vm, slot)).await;
+        failpoint::reach("attach.after-call").await;
+        match answer {
+            Ok(()) => Ok(()),
+            Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {
+                Ok(Some(seen)) if seen.attached.is_some_and(|a| a.vm == vm) => Ok(()),
+                Ok(Some(seen)) if seen.attached.is_none() => Err(Fail::clean(fail.error)),
+                _ => Err(fail),
+            },
+            Err(fail) => Err(fail),
+        }
+    }
+
+    /// On this host it is done when the device is present and verified.
+    async fn prove_here(self: &Arc<Self>, live: &Live, row: DiskRow, what: &str) -> Acted {
+        let mut changes = self.devices.changes();
+        self.step(live, "wait for the device")?;
+        let mapping = loop {
+            let volume = self.owned(row)?;
+            let disks = self.candidates(volume.uuid).await.map_err(cannot_tell)?;
+            match disks.as_slice() {
+                [disk] => match self.map(&volume, disk).await {
+                    Ok(mapping) => break mapping,
+                    Err(DevicesError::Gone { .. }) => {}
+                    Err(error) => return Err(cannot_tell(error)),
+                },
+                [] => {}
+                several => {
+                    let devices = several.iter().map(|d| format!("/dev/{}", d.name)).collect::<Vec<_>>().join(" and ");
+                    return Err(Fail::ambiguous(Error::NotUnique { volume: volume.uuid, devices }));
+                }
+            }
+            if live.stopping() {
+                return Err(Fail::ambiguous(Error::Cancelled));
+            }
+            // A change may be about any disk; a closed or lagging channel still leaves the tick.
+            tokio::select! {
+                _ = changes.recv() => {}
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
+            }
+        };
+        let volume = self.owned(row)?;
+        let seen = self.look_ours(&volume, what).await.map_err(|f| Fail::ambiguous(f.error))?;
+        if seen.attached.map(|a| a.vm) != Some(self.host) {
+            let why = "the device is here, but the cloud does not say attached here".into();
+            return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
+        }
+        let fits = if self.exact_size { mapping.size == seen.size } else { mapping.size >= seen.size };
+        if !fits {
+            mapping.pin.release();
+            let why = format!("/dev/{} has {} bytes, the cloud says {}", mapping.name, mapping.size, seen.size);
+            return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
+        }
+        let serial = self.kernel({
+            let pin = mapping.pin.clone();
+            move |_| pin.look()
+        });
+        let serial = match serial.await {
+            Ok(disk) if disk.identity.names(volume.uuid) => disk.identity.text().to_owned(),
+            Ok(_) | Err(DevicesError::Gone { .. }) => {
+                mapping.pin.release();
+                let why = format!("/dev/{} became another disk while it was verified", mapping.name);
+                return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
+            }
+            Err(error) => return Err(cannot_tell(error)),
+        };
+        let at = (self.clock)();
+        let host = self.host;
+        let changes = vec![
+            facts(&seen, &serial),
+            Change::MappingSet(mapping_row(&volume, &mapping, host)),
+            Change::VolumeStatus { volume: volume.uuid, status: Status::Attached, at },
+        ];
+        Ok(Done {
+            note: format!("/dev/{}", mapping.name),
+            changes,
+            apply: Some(Box::new(move |core, at| {
+                core.with_volume(row, at, |v| {
+                    show_facts(v, &seen);
+                    v.serial = serial.into();
+                    v.base = Status::Attached;
+                    v.recorded = Status::Attached;
+                    v.vm = Some(host);
+                    v.why = None;
+                    v.mapping = Some(mapping);
+                });
+            })),
+            look: None,
+        })
+    }
+
+    /// On another VM it is done when the cloud says so, in the place that was asked for.
+    async fn prove_there(
+        self: &Arc<Self>,
+        live: &Live,
+        row: DiskRow,
+        vm: VmId,
+        slot: Option<Slot>,
+        what: &str,
+    ) -> Acted {
+        let volume = self.owned(row)?;
+        let seen = self.look_ours(&volume, what).await.map_err(|f| Fail::ambiguous(f.error))?;
+        if seen.attached.map(|a| a.vm) != Some(vm) {
+            let why = format!("the cloud does not say attached to VM {vm} after it said done");
+            return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
+        }
+        let got = seen.attached.and_then(|a| a.device_id);
+        if let Some(slot) = slot
+            && got != Some(slot.number())
+        {
+            self.step(live, "the cloud gave another device id: detach again")?;
+            self.cloud
+                .detach(volume.uuid, vm, false)
+                .await
+                .map_err(|e| Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error))?;
+            let words = format!("device id {} was asked for, {got:?} was given; it is detached again", slot.number());
+            return Err(Fail::clean(Error::CloudRefused { what: what.into(), words }));
+        }
+        let at = (self.clock)();
+        let map_row = self.core.lock().next_mapping();
+        let changes = vec![
+            facts(&seen, &volume.serial),
+            Change::MappingSet(MappingRow { row: map_row, volume: volume.uuid, vm, device: None, at }),
+            Change::VolumeStatus { volume: volume.uuid, status: Status::Remote, at },
+        ];
+        Ok(Done {
+            note: format!("VM {vm}"),
+            changes,
+            apply: Some(Box::new(move |core, at| {
+                core.with_volume(row, at, |v| {
+                    show_facts(v, &seen);
+                    v.base = Status::Remote;
+                    v.recorded = Status::Remote;
+                    v.vm = Some(vm);
+                    v.why = None;
+                });
+            })),
+            look: None,
+        })
+    }
+
+    pub(super) async fn detach(self: &Arc<Self>, live: &Live, row: DiskRow, vm: Option<VmId>, force: bool) -> Acted {
+        let vm = vm.unwrap_or(self.host);
+        let volume = self.owned(row)?;
+        let what = format!("detach of volume {}", volume.uuid);
+        if force {
+            self.publish(|core, _| core.world.counters.forced += 1);
+        }
+        self.step(live, "look at the volume in the cloud")?;
+        let seen = self.look_ours(&volume, &what).await?;
+        if vm == self.host {
+            self.detach_here(live, &volume, &seen, force, &what).await?;
+        } else {
+            self.detach_there(live, &volume, &seen, vm, force, &what).await?;
+        }
+        let after = self.look_ours(&volume, &what).await.map_err(|f| Fail::ambiguous(f.error))?;
+        if after.attached.is_some_and(|a| a.vm == vm) {
+            let why = "the cloud says it is still attached after it said done".into();
+            return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
+        }
+        let at = (self.clock)();
+        let elsewhere = after.attached.map(|a| a.vm);
+        let status = if elsewhere.is_some() { Status::Unknown } else { Status::Detached };
+        let changes = vec![
+            facts(&after, &volume.serial),
+            Change::MappingEnd { volume: volume.uuid },
+            Change::VolumeStatus { volume: volume.uuid, status, at },
+        ];
+        Ok(Done {
+            note: if force { "forced".into() } else { String::new() },
+            changes,
+            apply: Some(Box::new(move |core, at| {
+                core.with_volume(row, at, |v| {
+                    show_facts(v, &after);
+                    v.base = status;
+                    v.recorded = status;
+                    v.vm = elsewhere;
+                    v.why = None;
+                    if let Some(mapping) = v.mapping.take() {
+                        mapping.pin.release();
+                    }
+                });
+            })),
+            look: elsewhere.map(|_| row),
+        })
+    }
+
+    /// C4 in its order: it was withdrawn when the operation began; now hold, flush, test, call,
+    /// wait for the node to go. Any failure before the call puts everything back.
+    async fn detach_here(
+        self: &Arc<Self>,
+        live: &Live,
+        volume: &Arc<Volume>,
+        seen: &CloudVolume,
+        force: bool,
+        what: &str,
+    ) -> Result<(), Fail> {
+        let disk = match &volume.mapping {
+            Some(mapping) if mapping.pin.alive() => {
+                let pin = mapping.pin.clone();
+                match self.kernel(move |_| pin.look()).await {
+                    Ok(disk) => Some(disk),
+                    Err(DevicesError::Gone { .. }) => None,
+                    Err(error) => return Err(Fail::clean(Error::CannotTell { why: error.to_string() })),
+                }
+            }
+            _ => None,
+        };
+        let Some(disk) = disk else {
+            // `lost`: no device of ours. One that carries the identity all the same is not told from it.
+            let found = self
+                .candidates(volume.uuid)
+                .await
+                .map_err(|e| Fail::clean(Error::CannotTell { why: e.to_string() }))?;
+            if let Some(found) = found.first() {
+                let why = format!("/dev/{} carries its identity, but was not verified: reconcile first", found.name);
+                return Err(Fail::clean(Error::Contradiction { volume: volume.uuid, why }));
+            }
+            if seen.attached.map(|a| a.vm) == Some(self.host) {
+                self.call_detach(live, volume, self.host, force, what).await?;
+            }
+            return Ok(());
+        };
+        if !disk.identity.names(volume.uuid) {
+            let why = format!("/dev/{} does not carry its identity any more", disk.name);
+            return Err(Fail::clean(Error::Contradiction { volume: volume.uuid, why }));
+        }
+        let in_use = |holders| Error::InUse { volume: volume.uuid, device: format!("/dev/{}", disk.name), holders };
+        let hold = if force {
+            None
+        } else {
+            self.step(live, "flush, and look for users")?;
+            let held = disk.clone();
+            Some(self.kernel(move |devices| devices.hold(&held)).await.map_err(|error| {
+                Fail::clean(match error {
+                    DevicesError::InUse { holders, .. } => in_use(holders),
+                    DevicesError::Flush { words, .. } => Error::NotFlushed { volume: volume.uuid, words },
+                    other => Error::CannotTell { why: other.to_string() },
+                })
+            })?)
+        };
+        failpoint::reach("detach.held").await;
+        if seen.attached.map(|a| a.vm) != Some(self.host) {
+            let why = format!("/dev/{} is here, but the cloud does not say attached here", disk.name);
+            return Err(Fail::clean(Error::Contradiction { volume: volume.uuid, why }));
+        }
+        if !self.about.detach_wants_sole_opener {
+            let called = self.call_detach(live, volume, self.host, force, what).await;
+            drop(hold);
+            called?;
+            return self.wait_gone(live, volume, &disk).await;
+        }
+        self.step(live, "let go of the device")?;
+        drop(hold);
+        if let Some(mapping) = &volume.mapping {
+            mapping.pin.release();
+        }
+        if let Err(fail) = self.call_detach(live, volume, self.host, force, what).await {
+            let busy = matches!(fail.error, Error::CloudBusy { .. });
+            self.pin_again(volume, &disk).await?;
+            if busy && !fail.ambiguous {
+                let dev = disk.dev;
+                let mut holders = self.kernel(move |devices| devices.holders(dev)).await.unwrap_or_default();
+                if holders.is_empty() {
+                    holders.push(Holder { kind: HolderKind::Unnamed, pid: None, name: String::new() });
+                }
+                return Err(Fail::clean(in_use(holders)));
+            }
+            return Err(fail);
+        }
+        self.wait_gone(live, volume, &disk).await
+    }
+
+    /// After a refused detach: our descriptor back on the same incarnation, under the same row.
+    async fn pin_again(self: &Arc<Self>, volume: &Arc<Volume>, disk: &Disk) -> Result<(), Fail> {
+        let mapping = self.map(volume, disk).await.map_err(cannot_tell)?;
+        self.publish(|core, at| core.with_volume(volume.row, at, |v| v.mapping = Some(mapping)));
+        Ok(())
+    }
+
+    async fn call_detach(
+        self: &Arc<Self>,
+        live: &Live,
+        volume: &Volume,
+        vm: VmId,
+        force: bool,
+        what: &str,
+    ) -> Result<(), Fail> {
+        if live.recovering {
+            return Err(Fail::clean(Error::LeftBehind { what: what.into() }));
+        }
+        self.step(live, "the cloud detaches it")?;
+        failpoint::reach("detach.before-call").await;
+        let answer = self.patiently(what, Some(volume.uuid), || self.cloud.detach(volume.uuid, vm, force)).await;
+        failpoint::reach("detach.after-call").await;
+        match answer {
+            Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {
+                Ok(Some(seen)) if seen.attached.is_none_or(|a| a.vm != vm) => Ok(()),
+                _ => Err(fail),
+            },
+            other => other,
+        }
+    }
+
+    async fn wait_gone(self: &Arc<Self>, live: &Live, volume: &Volume, disk: &Disk) -> Result<(), Fail> {
+        let mut changes = self.devices.changes();
+        self.step(live, "wait for the device to go").map_err(|f| Fail::ambiguous(f.error))?;
+        loop {
+            let name = disk.name.clone();
+            let now = self.kernel(move |devices| devices.disk(&name)).await.map_err(cannot_tell)?;
+            if now.is_none_or(|d| d.incarnation != disk.incarnation || !d.identity.names(volume.uuid)) {
+                return Ok(());
+            }
+            if live.stopping() {
+                return Err(Fail::ambiguous(Error::Cancelled));
+            }
+            tokio::select! {
+                _ = changes.recv() => {}
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
+            }
+        }
+    }
+
+    async fn detach_there(
+        self: &Arc<Self>,
+        live: &Live,
+        volume: &Volume,
+        seen: &CloudVolume,
+        vm: VmId,
+        force: bool,
+        what: &str,
+    ) -> Result<(), Fail> {
+        if seen.attached.map(|a| a.vm) != Some(vm) {
+            return Ok(());
+        }
+        if !force {
+            let facts = self.patiently(what, None, || self.cloud.vm(vm)).await.map_err(|f| Fail::clean(f.error))?;
+            if facts.is_some_and(|f| f.running) {
+                return Err(Fail::clean(Error::VmRunning { volume: volume.uuid, vm }));
+            }
+        }
+        self.call_detach(live, volume, vm, force, what).await
+    }
+
+    pub(super) async fn resize(self: &Arc<Self>, live: &Live, row: DiskRow, size: u64) -> Acted {
+        let volume = self.owned(row)?;
+        let what = format!("resize of volume {}", volume.uuid);
+        self.step(live, "look at the volume in the cloud")?;
+        let seen = self.look_ours(&volume, &what).await?;
+        if size < seen.size {
+            return Err(Fail::clean(Error::WouldShrink { volume: volume.uuid, have: seen.size, asked: size }));
+        }
+        self.step(live, "the cloud resizes it")?;
+        failpoint::reach("resize.before-call").await;
+        let size = match self.patiently(&what, Some(volume.uuid), || self.cloud.resize(volume.uuid, size)).await {
+            Ok(size) => size,
+            Err(fail) => return Err(fail),
+        };
+        failpoint::reach("resize.after-call").await;
+        let mapping = match &volume.mapping {
+            Some(mapping) if volume.base == Status::Attached => {
+                Some(self.wait_grown(live, &volume, mapping, size).await?)
+            }
+            _ => None,
+        };
+        let seen = CloudVolume { size, ..seen };
+        let mut changes = vec![facts(&seen, &volume.serial)];
+        if let Some(mapping) = &mapping {
+            changes.push(Change::MappingSet(mapping_row(&volume, mapping, self.host)));
+        }
+        Ok(Done {
+            note: format!("{size} bytes"),
+            changes,
+            apply: Some(Box::new(move |core, at| {
+                core.with_volume(row, at, |v| {
+                    show_facts(v, &seen);
+                    if mapping.is_some() {
+                        v.mapping = mapping;
+                    }
+                });
+            })),
+            look: None,
+        })
+    }
+
+    /// A resize is done when the kernel shows it.
+    async fn wait_grown(
+        self: &Arc<Self>,
+        live: &Live,
+        volume: &Volume,
+        mapping: &Arc<Mapping>,
+        size: u64,
+    ) -> Result<Arc<Mapping>, Fail> {
+        let mut changes = self.devices.changes();
+        self.step(live, "wait for the device to grow").map_err(|f| Fail::ambiguous(f.error))?;
+        loop {
+            let pin = mapping.pin.clone();
+            match self.kernel(move |_| pin.look()).await {
+                Ok(disk) if disk.size >= size => {
+                    return Ok(Arc::new(Mapping { size: disk.size, ..(**mapping).clone() }));
+                }
+                Ok(_) => {}
+                Err(DevicesError::Gone { .. }) => {
+                    let why = format!("/dev/{} went while volume {} was resized", mapping.name, volume.uuid);
+                    return Err(Fail::ambiguous(Error::CannotTell { why }));
+                }
+                Err(error) => return Err(cannot_tell(error)),
+            }
+            if live.stopping() {
+                return Err(Fail::ambiguous(Error::Cancelled));
+            }
+            tokio::select! {
+                _ = changes.recv() => {}
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
+            }
+        }
+    }
+
+    pub(super) async fn delete(self: &Arc<Self>, live: &Live, row: DiskRow, expunge: bool) -> Acted {
+        let volume = self.owned(row)?;
+        let what = format!("delete of volume {}", volume.uuid);
+        let mut note = "it was missing in the cloud; dropped".to_owned();
+        if volume.base != Status::Missing {
+            self.step(live, "look at the volume in the cloud")?;
+            let seen = self.look_ours(&volume, &what).await?;
+            if let Some(at) = seen.attached {
+                return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
+            }
+            let here = self
+                .candidates(volume.uuid)
+                .await
+                .map_err(|e| Fail::clean(Error::CannotTell { why: e.to_string() }))?;
+            if let Some(disk) = here.first() {
+                let why = format!("/dev/{} carries its identity, but the cloud says it is free", disk.name);
+                return Err(Fail::clean(Error::Contradiction { volume: volume.uuid, why }));
+            }
+            self.step(live, "the cloud deletes it")?;
+            failpoint::reach("delete.before-call").await;
+            let until = match self.patiently(&what, Some(volume.uuid), || self.cloud.delete(volume.uuid, expunge)).await
+            {
+                Ok(until) => until,
+                Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {
+                    Ok(None) => None,
+                    _ => return Err(fail),
+                },
+                Err(fail) => return Err(fail),
+            };
+            failpoint::reach("delete.after-call").await;
+            note = until.map_or_else(|| "expunged".into(), |t| format!("recoverable until {t}"));
+        }
+        Ok(self.gone(&volume, note))
+    }
+
+    /// The record's end of a volume that the cloud has no more.
+    pub(super) fn gone(&self, volume: &Volume, note: String) -> Done {
+        let at = (self.clock)();
+        let (row, uuid) = (volume.row, volume.uuid);
+        Done {
+            changes: vec![
+                Change::MappingEnd { volume: uuid },
+                Change::DiskEnd { row },
+                Change::VolumeGone { volume: uuid, at },
+            ],
+            apply: Some(Box::new(move |core, at| {
+                core.drop_volume(row, at, false);
+                core.absent.remove(&uuid);
+                core.event(None, json!({"event": "deleted", "volume": uuid}));
+            })),
+            note,
+            look: None,
+        }
+    }
+}
