@@ -10,7 +10,7 @@ use super::Engine;
 use super::Target;
 use super::admission::Verdict;
 use super::core::{Core, Live};
-use super::operation::{Acted, Done, Fail};
+use super::operation::{Acted, Apply, Done, Fail};
 use super::ticket::Ticket;
 use super::world::{HistoryRow, Job, Volume};
 use crate::command::Action;
@@ -21,9 +21,6 @@ use crate::store::{Change, OpRow};
 
 /// How long a namespace call or a value waits for its commit (rule R6).
 const COMMIT_WAIT: Duration = Duration::from_secs(1);
-
-/// A change of the world that goes with a commit.
-type Apply = Box<dyn FnOnce(&mut Core, Timestamp) + Send>;
 
 /// A change that is journaled and done in one commit: mkdir, rmdir, and the values.
 struct Small {

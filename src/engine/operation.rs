@@ -28,13 +28,16 @@ use crate::failpoint;
 use crate::model::{Disk, DiskRow, Mark, Outcome, Status, Timestamp, Verb, VolumeId};
 use crate::store::{Change, OpRow, StoreError};
 
+/// A change of the world that goes with a commit.
+pub(super) type Apply = Box<dyn FnOnce(&mut Core, Timestamp) + Send>;
+
 /// What the record and the world learn from an operation that succeeded.
 #[derive(Default)]
 pub(super) struct Done {
     /// For the record, in one batch with the operation's end.
     pub changes: Vec<Change>,
     /// For the world, in one publish with the operation's end.
-    pub apply: Option<Box<dyn FnOnce(&mut Core, Timestamp) + Send>>,
+    pub apply: Option<Apply>,
     /// Words for `history`.
     pub note: String,
     /// Look at this volume before answering.
