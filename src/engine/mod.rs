@@ -139,6 +139,7 @@ pub struct Engine {
     round_wanted: Arc<Notify>,
     closing: Arc<Notify>,
     rounds: tokio::sync::Mutex<()>,
+    looked: tokio::sync::watch::Sender<bool>,
 }
 
 type Watcher = Arc<dyn Fn(&Arc<World>) + Send + Sync>;

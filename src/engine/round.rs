@@ -305,6 +305,7 @@ impl Engine {
             if let Err(error) = self.round().await {
                 tracing::warn!("reconcile round: {error}");
             }
+            self.looked.send_replace(true);
             let second_look = self.core.lock().absent.values().min().copied();
             let gap = self.absence_gap() + Duration::from_millis(100);
             let pause = match second_look {
