@@ -144,9 +144,9 @@ fn dispatch(conn: &Connection, change: &Change) -> Applied {
             params![row.0, disk.as_str(), at.0],
             || format!("there is no ownership {row}"),
         ),
-        Change::DiskEnd { row } => one(conn, "DELETE FROM vm_disks WHERE id = ?1", params![row.0], || {
-            format!("there is no ownership {row}")
-        }),
+        Change::DiskEnd { row } => {
+            one(conn, "DELETE FROM vm_disks WHERE id = ?1", params![row.0], || format!("there is no ownership {row}"))
+        }
         Change::MappingSet(mapping) => mapping_set(conn, mapping),
         Change::MappingEnd { volume } => {
             run(conn, "DELETE FROM device_mappings WHERE volume_uuid = ?1", params![volume.to_string()]).map(drop)

@@ -1,7 +1,9 @@
 //! The record in SQLite: `volfs.db` in the state directory, one writing thread, one lock file.
 //!
 //! The schema is in `v1.sql` and described in `contrib/schema.md`. Beside the database lie SQLite's
-//! own `-wal` and `-shm`; root may read all of it with `sqlite3` while the daemon runs.
+//! own `-wal` and `-shm`; root may read all of it with `sqlite3` while the daemon runs. Nothing else
+//! in this process may open the database file: SQLite's locks are POSIX locks, and closing any
+//! descriptor of the file drops them all.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

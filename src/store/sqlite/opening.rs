@@ -85,7 +85,10 @@ pub(super) fn state_directory(dir: &Path) -> Result<(), StoreError> {
         None => Ok(()),
         Some(name) => Err(unusable(
             dir,
-            format!("it is not empty ({}) and holds nothing of volfs: give volfs a directory of its own", name.display()),
+            format!(
+                "it is not empty ({}) and holds nothing of volfs: give volfs a directory of its own",
+                name.display()
+            ),
         )),
     }
 }
@@ -160,14 +163,10 @@ pub(super) fn create_if_absent(dir: &Path, migrations: &'static [M<'static>]) ->
             Err(e) => return Err(failed(&left, "removing", &e)),
         }
     }
-    OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&new)
-        .map_err(|e| failed(&new, "creating", &e))?;
-    let mut conn = Connection::open_with_flags(&new, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)
-        .map_err(schema::error)?;
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new).map_err(|e| failed(&new, "creating", &e))?;
+    let mut conn =
+        Connection::open_with_flags(&new, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)
+            .map_err(schema::error)?;
     set(&conn, "synchronous", 2)?;
     conn.pragma_update(None, "application_id", APPLICATION_ID).map_err(schema::error)?;
     schema::migrate(&mut conn, migrations, schema::latest(migrations))?;
@@ -184,15 +183,15 @@ pub(super) fn create_if_absent(dir: &Path, migrations: &'static [M<'static>]) ->
 /// The 100 bytes at the start of an SQLite database, checked without SQLite, which would make
 /// `-wal` and `-shm` files beside it.
 fn check_header(db: &Path, migrations: &[M<'static>]) -> Result<(), StoreError> {
-    let meta = fs::symlink_metadata(db).map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => unusable(db, "there is no such file"),
-        _ => failed(db, "looking at", &e),
-    })?;
+    let meta = fs::symlink_metadata(db).map_err(|e| failed(db, "looking at", &e))?;
     if !meta.is_file() {
         return Err(unusable(db, "it is not a regular file"));
     }
     if meta.len() == 0 {
-        return Err(unusable(db, "it is empty, which a record never is: restore it, or move it away to start a new one"));
+        return Err(unusable(
+            db,
+            "it is empty, which a record never is: restore it, or move it away to start a new one",
+        ));
     }
     let mut header = [0u8; 100];
     let read = File::open(db).and_then(|mut f| f.read_exact(&mut header));
@@ -219,7 +218,10 @@ fn check_numbers(db: &Path, application: i32, version: i32, latest: i32) -> Resu
         ));
     }
     if version < 1 {
-        return Err(unusable(db, format!("its schema number is {version}, which no volfs writes: restore it from a backup")));
+        return Err(unusable(
+            db,
+            format!("its schema number is {version}, which no volfs writes: restore it from a backup"),
+        ));
     }
     Ok(())
 }
@@ -321,10 +323,13 @@ pub(super) fn connect(db: &Path) -> Result<Connection, StoreError> {
     Ok(conn)
 }
 
-/// A connection that cannot write, beside a running daemon or without one.
+/// A connection that cannot write, beside a running daemon or without one. The file is not looked
+/// at by hand here: closing a descriptor of our own would drop the locks of a writer in this process.
 pub(super) fn connect_read_only(dir: &Path, migrations: &'static [M<'static>]) -> Result<Connection, StoreError> {
     let db = database(dir);
-    check_header(&db, migrations)?;
+    if fs::symlink_metadata(&db).is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
+        return Err(unusable(&db, "there is no such file"));
+    }
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let open = || {
         let conn = Connection::open_with_flags(&db, flags)?;
@@ -335,7 +340,9 @@ pub(super) fn connect_read_only(dir: &Path, migrations: &'static [M<'static>]) -
     let conn = match open() {
         Ok(conn) => conn,
         // On a read-only filesystem there can be no -shm; nobody can be writing there either.
-        Err(first) if !beside(&db, "-wal").exists() && rustix::fs::access(dir, rustix::fs::Access::WRITE_OK).is_err() => {
+        Err(first)
+            if !beside(&db, "-wal").exists() && rustix::fs::access(dir, rustix::fs::Access::WRITE_OK).is_err() =>
+        {
             immutable(&db).map_err(|_: rusqlite::Error| damaged(&db, &first))?
         }
         Err(e) => return Err(damaged(&db, &e)),
@@ -345,7 +352,9 @@ pub(super) fn connect_read_only(dir: &Path, migrations: &'static [M<'static>]) -
     if version < latest {
         return Err(unusable(
             &db,
-            format!("an older volfs made it (schema {version}, this one reads {latest}): start volfs once to bring it forward"),
+            format!(
+                "an older volfs made it (schema {version}, this one reads {latest}): start volfs once to bring it forward"
+            ),
         ));
     }
     Ok(conn)

@@ -1,6 +1,6 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use tempfile::TempDir;
 
@@ -113,7 +113,7 @@ fn child(test: &str, dir: &Path) -> Command {
     command
 }
 
-/// The state directory a [`child`] was given.
-fn given() -> std::path::PathBuf {
-    std::env::var_os("VOLFS_TEST_STATE").expect("run by another test only").into()
+/// The state directory a [`child`] was given; none in a run of all ignored tests.
+fn given() -> Option<std::path::PathBuf> {
+    std::env::var_os("VOLFS_TEST_STATE").map(Into::into)
 }

@@ -123,7 +123,7 @@ fn no_second_column_names_a_disks_volume_or_says_where_a_volume_is() {
     let names: BTreeMap<String, BTreeSet<String>> = [
         // table, what in it may name a volume, a device or a machine
         ("device_mappings", "volume_uuid device_name dev_major dev_minor boot_id diskseq vm_id"),
-        ("jobs", "vm_name"),
+        ("jobs", "vm_name vm_name_at"),
         ("meta", ""),
         ("ossea_volumes", "volume_id volume_name device_id"),
         ("vm_disks", "ossea_volume_id"),
@@ -143,7 +143,9 @@ fn no_second_column_names_a_disks_volume_or_says_where_a_volume_is() {
         for column in columns(&conn, &table) {
             let hits: i64 = conn
                 .query_row(
-                    &format!("SELECT count(*) FROM {table} WHERE {column} LIKE '%' || ?1 || '%' OR {column} LIKE '%loop3%'"),
+                    &format!(
+                        "SELECT count(*) FROM {table} WHERE {column} LIKE '%' || ?1 || '%' OR {column} LIKE '%loop3%'"
+                    ),
                     [vol(1).to_string()],
                     |r| r.get(0),
                 )
