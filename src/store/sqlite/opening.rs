@@ -95,7 +95,7 @@ pub(super) fn state_directory(dir: &Path) -> Result<(), StoreError> {
 
 /// The lock that keeps a second daemon away; released when dropped.
 #[derive(Debug)]
-pub(super) struct StateLock(File);
+pub(super) struct StateLock(pub(super) File);
 
 impl StateLock {
     pub(super) fn take(dir: &Path) -> Result<Self, StoreError> {

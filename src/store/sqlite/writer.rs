@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender};
 
-use rusqlite::{Connection, ErrorCode};
+use rusqlite::Connection;
 use tokio::sync::oneshot;
 
 use super::{apply, load, schema};
@@ -162,13 +162,7 @@ fn attempt(conn: &Connection, batches: &[Vec<Change>], transactions: &AtomicU64)
     let committed = if failpoint::hit("store.before-commit") {
         Err(StoreError::Failed { words: "failpoint store.before-commit".into() })
     } else {
-        sql("COMMIT").map_err(|e| {
-            roll_back(conn);
-            if matches!(e.sqlite_error_code(), Some(ErrorCode::SystemIoFailure | ErrorCode::DiskFull)) {
-                bury(conn);
-            }
-            schema::error(e)
-        })
+        sql("COMMIT").map_err(schema::error)
     };
     match committed {
         Ok(()) => {
@@ -178,6 +172,7 @@ fn attempt(conn: &Connection, batches: &[Vec<Change>], transactions: &AtomicU64)
         }
         Err(e) => {
             roll_back(conn);
+            bury(conn);
             for answer in answers.iter_mut().filter(|a| a.is_ok()) {
                 *answer = Err(e.clone());
             }
@@ -201,11 +196,14 @@ fn roll_back(conn: &Connection) {
     }
 }
 
-/// A commit whose fsync failed may have left whole frames in the WAL, which recovery after a crash
-/// would take for committed although every caller was told otherwise. Any later commit overwrites
-/// them, so one is made now; while that fails too, the next batch's does it.
+/// A commit whose fsync failed has left whole frames in the WAL, which recovery after a crash would
+/// take for committed although every caller was told otherwise. Any later commit overwrites them, so
+/// one is made now; while that fails too, it has still taken their place in the file. The value is a
+/// new one each time: SQLite writes no page for an update that changes nothing.
 fn bury(conn: &Connection) {
-    if let Err(e) = conn.execute_batch("UPDATE meta SET value = value WHERE key = 'created'") {
+    let sql = "INSERT INTO meta (key, value) VALUES ('buried', hex(randomblob(8)))
+        ON CONFLICT (key) DO UPDATE SET value = excluded.value";
+    if let Err(e) = conn.execute_batch(sql) {
         tracing::error!("the record's disk still fails: {e}");
     }
 }

@@ -264,3 +264,52 @@ fn measure() {
         );
     });
 }
+
+/// Makes every fsync of this thread fail with EIO, for the rest of its life.
+fn no_more_fsync() {
+    let stmt = |code: u32, jt, jf, k: u32| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
+    let number = |n: libc::c_long| u32::try_from(n).unwrap();
+    let fail = libc::SECCOMP_RET_ERRNO | u32::try_from(libc::EIO).unwrap();
+    let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let mut code = [
+        stmt(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        stmt(equal, 2, 0, number(libc::SYS_fsync)),
+        stmt(equal, 1, 0, number(libc::SYS_fdatasync)),
+        stmt(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+        stmt(libc::BPF_RET | libc::BPF_K, 0, 0, fail),
+    ];
+    let program = libc::sock_fprog { len: 5, filter: code.as_mut_ptr() };
+    // SAFETY: both calls touch this thread's own attributes only; the kernel copies the filter out
+    // of `program` and `code`, which outlive the call.
+    let done = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) == 0
+    };
+    assert!(done, "{}", std::io::Error::last_os_error());
+}
+
+/// The frames of such a commit are in the WAL, whole; a power cut then must not make them true.
+#[test]
+fn a_commit_whose_fsync_failed_is_not_there_after_a_crash() {
+    let (dir, copy) = (dir(), dir());
+    drop(SqliteStore::open(dir.path()).unwrap());
+    let from = dir.path().to_owned();
+    let results = std::thread::spawn(move || {
+        let conn = crate::store::sqlite::opening::connect(&from.join("volfs.db")).unwrap();
+        let count = AtomicU64::new(0);
+        let first = commit_group(&conn, &[vec![begin(1)]], &count);
+        no_more_fsync();
+        (first, commit_group(&conn, &[vec![begin(2)]], &count), conn)
+    });
+    let (first, second, conn) = results.join().unwrap();
+    assert_eq!(first, [Ok(())]);
+    assert!(matches!(second[..], [Err(StoreError::Failed { .. })]), "{second:?}");
+    for name in ["volfs.db", "volfs.db-wal"] {
+        fs::copy(dir.path().join(name), copy.path().join(name)).unwrap();
+    }
+    assert_eq!(operations(&SqliteStore::open(copy.path()).unwrap()), [1]);
+    let count = AtomicU64::new(0);
+    assert_eq!(commit_group(&conn, &[vec![begin(3)]], &count), [Ok(())]);
+    drop(conn);
+    assert_eq!(operations(&SqliteStore::open(dir.path()).unwrap()), [1, 3]);
+}

@@ -113,6 +113,16 @@ fn a_second_opener_is_told_who_has_it() {
     drop(SqliteStore::open(dir.path()).unwrap());
 }
 
+/// A child between fork and exec has one.
+#[test]
+fn a_copy_of_its_descriptor_does_not_keep_the_lock() {
+    let dir = dir();
+    let lock = StateLock::take(dir.path()).unwrap();
+    let _copy = lock.0.try_clone().unwrap();
+    drop(lock);
+    StateLock::take(dir.path()).unwrap();
+}
+
 #[test]
 fn a_file_that_is_no_database_is_refused() {
     let dir = dir();
