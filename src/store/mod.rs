@@ -11,6 +11,10 @@ use crate::model::{
     Status, Timestamp, Verb, VmId, VolumeId, VolumeRow,
 };
 
+mod sqlite;
+
+pub use sqlite::{KEEP_OPERATIONS, SqliteStore};
+
 /// Why the record did not take a batch, or could not be opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
