@@ -1,0 +1,905 @@
+//! On real loop devices. Each test has a store of its own; its guard unbinds what is left.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus};
+
+use super::device::Binding;
+use super::*;
+use crate::model::{DiskName, JobId, RecordId};
+use crate::sys;
+
+const MIB: u64 = 1 << 20;
+
+struct Store {
+    dir: tempfile::TempDir,
+    options: LoopOptions,
+}
+
+impl Store {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fs::canonicalize(dir.path()).unwrap().join("store");
+        Self { dir, options: LoopOptions::new(path, BootId::random(), VmId::random()) }
+    }
+
+    fn open(&self) -> Arc<LoopCloud> {
+        LoopCloud::open(self.options.clone()).unwrap()
+    }
+
+    fn host(&self) -> VmId {
+        self.options.host
+    }
+
+    fn file(&self, volume: VolumeId, name: &str) -> PathBuf {
+        self.options.dir.join("volumes").join(volume.to_string()).join(name)
+    }
+
+    fn meta(&self, volume: VolumeId) -> serde_json::Value {
+        serde_json::from_slice(&fs::read(self.file(volume, "meta.json")).unwrap()).unwrap()
+    }
+
+    /// Writes metadata as a crash, or a hand, leaves it.
+    fn edit(&self, volume: VolumeId, change: impl FnOnce(&mut serde_json::Value)) {
+        let mut meta = self.meta(volume);
+        change(&mut meta);
+        fs::write(self.file(volume, "meta.json"), serde_json::to_vec(&meta).unwrap()).unwrap();
+    }
+
+    fn bindings(&self, volume: VolumeId) -> Vec<Binding> {
+        device::bindings(&self.options.dir, volume, &self.file(volume, "data.img")).unwrap()
+    }
+
+    /// The one device the volume is bound to.
+    fn node(&self, volume: VolumeId) -> PathBuf {
+        let bound = self.bindings(volume);
+        assert_eq!(bound.len(), 1, "{bound:?}");
+        assert!(bound[0].ours && !bound[0].ending && !bound[0].autoclear, "{bound:?}");
+        PathBuf::from("/dev").join(bound[0].name())
+    }
+
+    /// Binds a file of the store as an operator would, without our tag.
+    fn bind_by_hand(&self, volume: VolumeId) {
+        let file = OpenOptions::new().read(true).write(true).open(self.file(volume, "data.img")).unwrap();
+        let control = File::open("/dev/loop-control").unwrap();
+        loop {
+            let n = sys::loop_get_free(control.as_fd()).unwrap();
+            let device = OpenOptions::new().read(true).write(true).open(format!("/dev/loop{n}")).unwrap();
+            match sys::loop_configure(device.as_fd(), &file, 512, sys::LoopInfo64::zeroed()) {
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => continue,
+                done => return done.unwrap(),
+            }
+        }
+    }
+
+    fn unbind_all(&self) {
+        let below = self.dir.path().canonicalize().unwrap_or_default();
+        let below = format!("{}/", below.display());
+        for (n, path) in device::candidates(&self.options.dir).unwrap_or_default() {
+            if path.starts_with(below.as_bytes())
+                && let Ok(device) = File::open(format!("/dev/loop{n}"))
+            {
+                // Its backing file is below our own directory: it is ours to clear.
+                let _ = sys::loop_clear(device.as_fd());
+            }
+        }
+    }
+
+    /// Runs one verb in a process of its own with failpoints set.
+    fn child(&self, points: &str, verb: &str, volume: VolumeId) -> ExitStatus {
+        let o = &self.options;
+        let words = format!("{verb}|{}|{volume}|{}|{}", o.dir.display(), o.boot, o.host);
+        Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "cloud::loopdev::tests::run_as_child", "--nocapture", "--quiet"])
+            .env("VOLFS_FAILPOINTS", points)
+            .env("VOLFS_LOOP_CHILD", words)
+            .stdout(std::process::Stdio::null())
+            .status()
+            .unwrap()
+    }
+
+    fn killed(&self, point: &str, verb: &str, volume: VolumeId) {
+        let status = self.child(&format!("{point}=kill"), verb, volume);
+        assert_eq!(status.signal(), Some(libc::SIGKILL), "{point}: {status}");
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.unbind_all();
+    }
+}
+
+fn label(epoch: u64) -> Label {
+    Label {
+        mark: Mark { record: RecordId(uuid::Uuid::from_u128(7)), epoch },
+        job: JobId::parse("job").unwrap(),
+        disk: DiskName::parse("disk").unwrap(),
+    }
+}
+
+fn new(size: u64) -> NewVolume {
+    NewVolume { fence: Fence::random(), size, name: "a name".into(), offering: None, zone: None, label: label(1) }
+}
+
+/// A creation whose volume has this id.
+fn new_with_id(volume: VolumeId) -> NewVolume {
+    // The map is its own inverse.
+    NewVolume { fence: Fence(look::id_for(Fence(volume.0)).0), ..new(MIB) }
+}
+
+fn why<T: std::fmt::Debug>(result: Result<T, CloudError>) -> Refusal {
+    match result {
+        Err(CloudError::Refused { why, words }) => {
+            assert!(!words.is_empty());
+            why
+        }
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+fn unreachable<T: std::fmt::Debug>(result: Result<T, CloudError>) -> String {
+    match result {
+        Err(CloudError::Unreachable { words }) => words,
+        other => panic!("not unreachable: {other:?}"),
+    }
+}
+
+fn ambiguous<T: std::fmt::Debug>(result: Result<T, CloudError>) -> String {
+    match result {
+        Err(CloudError::Ambiguous { words }) => words,
+        other => panic!("not ambiguous: {other:?}"),
+    }
+}
+
+async fn made(cloud: &LoopCloud) -> VolumeId {
+    cloud.create(&new(MIB)).await.unwrap().id
+}
+
+async fn at(cloud: &LoopCloud, volume: VolumeId) -> Option<VmId> {
+    cloud.find(volume).await.unwrap().unwrap().attached.map(|a| a.vm)
+}
+
+/// Not a test of its own: what [`Store::child`] runs.
+#[test]
+fn run_as_child() {
+    let Ok(words) = std::env::var("VOLFS_LOOP_CHILD") else { return };
+    let words: Vec<&str> = words.split('|').collect();
+    let volume = VolumeId::parse(words[2]).unwrap();
+    let host = VmId::parse(words[4]).unwrap();
+    let options = LoopOptions::new(words[1].into(), BootId::parse(words[3]).unwrap(), host);
+    let cloud = LoopCloud::open(options).unwrap();
+    let run = async {
+        match words[0] {
+            "create" => cloud.create(&new_with_id(volume)).await.map(drop),
+            "attach" => cloud.attach(volume, host, None).await,
+            "detach" => cloud.detach(volume, host, false).await,
+            "resize" => cloud.resize(volume, 2 * MIB).await.map(drop),
+            "delete" => cloud.delete(volume, false).await.map(drop),
+            "mark" => cloud.exchange_mark(volume, Some(label(1).mark), Some(&label(2))).await,
+            other => panic!("{other}"),
+        }
+    };
+    let outcome = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(run);
+    let code = match outcome {
+        Ok(()) => 0,
+        Err(CloudError::Refused { .. }) => 10,
+        Err(CloudError::Unreachable { .. }) => 11,
+        Err(CloudError::Ambiguous { .. }) => 12,
+    };
+    std::process::exit(code);
+}
+
+#[tokio::test]
+async fn a_volume_is_never_smaller_than_asked_and_carries_its_mark_from_the_start() {
+    let store = Store::new();
+    let cloud = store.open();
+    let asked = NewVolume { size: 1000, ..new(0) };
+    let volume = cloud.create(&asked).await.unwrap();
+    assert_eq!((volume.size, volume.mark, volume.attached), (1024, Some(label(1).mark), None));
+    assert_eq!((volume.name.as_str(), volume.state.as_str(), &volume.carries_host), ("a name", "Allocated", &None));
+    assert_eq!(fs::metadata(store.file(volume.id, "data.img")).unwrap().len(), 1024);
+    assert_eq!(cloud.find(volume.id).await.unwrap().as_ref(), Some(&volume));
+    assert_eq!(cloud.find_created(asked.fence).await.unwrap().as_ref(), Some(&volume));
+    assert_eq!(cloud.find_created(Fence::random()).await.unwrap(), None);
+    assert_eq!(cloud.find(VolumeId::random()).await.unwrap(), None);
+    assert_eq!(why(cloud.create(&new(0)).await), Refusal::Other);
+    assert_eq!(why(cloud.create(&NewVolume { zone: Some("z".into()), ..new(512) }).await), Refusal::Unsupported);
+    let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&store.options.dir).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o700);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_fence_makes_one_volume_however_often_and_at_once() {
+    let store = Store::new();
+    let cloud = store.open();
+    let asked = new(MIB);
+    let tasks: Vec<_> = (0..16)
+        .map(|_| {
+            let (cloud, asked) = (cloud.clone(), asked.clone());
+            tokio::spawn(async move { cloud.create(&asked).await.unwrap().id })
+        })
+        .collect();
+    let ids: HashSet<VolumeId> = futures_util::future::join_all(tasks).await.into_iter().map(Result::unwrap).collect();
+    assert_eq!(ids.len(), 1);
+    let names: Vec<_> = fs::read_dir(store.options.dir.join("volumes")).unwrap().collect();
+    assert_eq!(names.len(), 1, "{names:?}");
+}
+
+#[tokio::test]
+async fn attach_and_detach_here_are_real_and_repeatable() {
+    let store = Store::new();
+    let cloud = store.open();
+    let v = made(&cloud).await;
+    for _ in 0..2 {
+        cloud.attach(v, store.host(), None).await.unwrap();
+        let node = store.node(v);
+        assert_eq!(sys::disk_size(File::open(&node).unwrap().as_fd()).unwrap(), MIB);
+        let found = cloud.find(v).await.unwrap().unwrap();
+        let attached = found.attached.unwrap();
+        assert_eq!((attached.vm, attached.device_id, found.state.as_str()), (store.host(), Some(1), "Ready"));
+    }
+    for _ in 0..2 {
+        cloud.detach(v, store.host(), false).await.unwrap();
+        assert_eq!(store.bindings(v), []);
+        assert_eq!(at(&cloud, v).await, None);
+    }
+    assert_eq!(why(cloud.detach(v, store.host(), true).await), Refusal::Unsupported);
+    assert_eq!(why(cloud.attach(VolumeId::random(), store.host(), None).await), Refusal::NoVolume);
+}
+
+#[tokio::test]
+async fn what_was_written_before_a_detach_is_in_the_file() {
+    let store = Store::new();
+    let cloud = store.open();
+    let v = made(&cloud).await;
+    cloud.attach(v, store.host(), None).await.unwrap();
+    let node = store.node(v);
+    // A second descriptor keeps the writer's close from being the last one, which would flush.
+    let other = File::open(&node).unwrap();
+    let mut writer = OpenOptions::new().write(true).open(&node).unwrap();
+    writer.write_all(&[0x58; 65536]).unwrap();
+    drop(writer);
+    drop(other);
+    cloud.detach(v, store.host(), false).await.unwrap();
+    let mut bytes = vec![0; 65536];
+    File::open(store.file(v, "data.img")).unwrap().read_exact(&mut bytes).unwrap();
+    assert!(bytes.iter().all(|b| *b == 0x58));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sixty_four_attaches_at_once_get_devices_and_numbers_of_their_own() {
+    let store = Store::new();
+    let cloud = store.open();
+    let mut ids = Vec::new();
+    for _ in 0..64 {
+        ids.push(made(&cloud).await);
+    }
+    let all = |verb: &'static str| {
+        let tasks: Vec<_> = ids
+            .iter()
+            .map(|v| {
+                let (cloud, v, host) = (cloud.clone(), *v, store.host());
+                tokio::spawn(async move {
+                    match verb {
+                        "attach" => cloud.attach(v, host, None).await,
+                        _ => cloud.detach(v, host, false).await,
+                    }
+                })
+            })
+            .collect();
+        futures_util::future::join_all(tasks)
+    };
+    assert!(all("attach").await.into_iter().all(|r| r.unwrap().is_ok()));
+    let nodes: HashSet<PathBuf> = ids.iter().map(|v| store.node(*v)).collect();
+    assert_eq!(nodes.len(), 64);
+    let asked = Survey { vms: vec![store.host()], ..Survey::default() };
+    let mut numbers: Vec<u32> =
+        cloud.survey(&asked).await.unwrap().iter().map(|v| v.attached.unwrap().device_id.unwrap()).collect();
+    numbers.sort();
+    let expected: Vec<u32> = (1..=65).filter(|n| *n != 3).collect();
+    assert_eq!(numbers, expected);
+    assert!(all("detach").await.into_iter().all(|r| r.unwrap().is_ok()));
+    assert!(ids.iter().all(|v| store.bindings(*v).is_empty()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_volume_attached_many_times_at_once_is_bound_once() {
+    let store = Store::new();
+    let cloud = store.open();
+    let second_daemon = store.open();
+    let v = made(&cloud).await;
+    let tasks: Vec<_> = (0..16)
+        .map(|n| {
+            let (cloud, host) = (if n % 2 == 0 { cloud.clone() } else { second_daemon.clone() }, store.host());
+            tokio::spawn(async move { cloud.attach(v, host, None).await })
+        })
+        .collect();
+    assert!(futures_util::future::join_all(tasks).await.into_iter().all(|r| r.unwrap().is_ok()));
+    store.node(v);
+}
+
+#[tokio::test]
+async fn a_file_bound_by_hand_is_neither_bound_again_nor_unbound_nor_deleted() {
+    let store = Store::new();
+    let cloud = store.open();
+    let v = made(&cloud).await;
+    store.bind_by_hand(v);
+    assert_eq!(why(cloud.attach(v, store.host(), None).await), Refusal::Conflict);
+    assert_eq!(why(cloud.attach(v, VmId::random(), None).await), Refusal::Conflict);
+    assert_eq!(why(cloud.detach(v, store.host(), false).await), Refusal::Conflict);
+    assert_eq!(why(cloud.delete(v, false).await), Refusal::Conflict);
+    assert_eq!(store.bindings(v).len(), 1);
+    assert_eq!(at(&cloud, v).await, None);
+}
+
+#[tokio::test]
+async fn detach_of_a_device_somebody_has_open_changes_nothing() {
+    let store = Store::new();
+    let cloud = store.open();
+    let v = made(&cloud).await;
+    cloud.attach(v, store.host(), None).await.unwrap();
+    let before = store.meta(v);
+    let node = store.node(v);
+    let mut user = OpenOptions::new().read(true).write(true).open(&node).unwrap();
+    assert_eq!(why(cloud.detach(v, store.host(), false).await), Refusal::InUse);
+    assert_eq!((store.meta(v), store.node(v)), (before, node.clone()));
+    user.write_all(&[1; 4096]).unwrap();
+    user.sync_all().unwrap();
+    // With AUTOCLEAR left on, this close would unbind it.
+    drop(user);
+    assert_eq!(store.node(v), node);
+    assert_eq!(at(&cloud, v).await, Some(store.host()));
+    cloud.detach(v, store.host(), false).await.unwrap();
+    assert_eq!(store.bindings(v), []);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn detach_outlasts_somebody_who_opened_it_in_passing() {
+    let store = Store::new();
+    let cloud = store.open();
+    let v = made(&cloud).await;
+    cloud.attach(v, store.host(), None).await.unwrap();
+    let user = File::open(store.node(v)).unwrap();
+    let task = {
+        let (cloud, host) = (cloud.clone(), store.host());
+        tokio::spawn(async move { cloud.detach(v, host, false).await })
+    };
+    // The detach has begun its test when it has asked for the clearing.
+    while !store.bindings(v).iter().any(|b| b.autoclear) {
+        tokio::task::yield_now().await;
+    }
+    drop(user);
+    task.await.unwrap().unwrap();
+    assert_eq!(store.bindings(v), []);
+}
+
+#[tokio::test]
+async fn slots_are_lowest_free_or_as_asked() {
+    let store = Store::new();
+    let cloud = store.open();
+    let (a, b, c) = (made(&cloud).await, made(&cloud).await, made(&cloud).await);
+    let vm = VmId::random();
+    cloud.attach(a, vm, Some(Slot::Id(1))).await.unwrap();
+    cloud.attach(a, vm, Some(Slot::Id(1))).await.unwrap();
+    assert_eq!(why(cloud.attach(a, vm, Some(Slot::Id(2))).await), Refusal::Conflict);
+    assert_eq!(why(cloud.attach(b, vm, Some(Slot::Id(1))).await), Refusal::Conflict);
+    assert_eq!(why(cloud.attach(b, vm, Some(Slot::Id(3))).await), Refusal::Other);
+    cloud.attach(b, vm, Some(Slot::Id(2))).await.unwrap();
+    cloud.attach(c, vm, None).await.unwrap();
+    assert_eq!(cloud.find(c).await.unwrap().unwrap().attached.unwrap().device_id, Some(4));
+    assert_eq!(why(cloud.attach(c, VmId::random(), None).await), Refusal::Conflict);
+    assert_eq!(why(cloud.attach(c, store.host(), None).await), Refusal::Conflict);
+    cloud.detach(c, VmId::random(), false).await.unwrap();
+    assert_eq!(at(&cloud, c).await, Some(vm));
+    cloud.detach(c, vm, true).await.unwrap();
+    assert_eq!(at(&cloud, c).await, None);
+}
+
+#[tokio::test]
+async fn the_root_disk_goes_only_to_a_stopped_vm_that_has_none() {
+    let store = Store::new();
+    let cloud = store.open();
+    let (a, b) = (made(&cloud).await, made(&cloud).await);
+    let vm = VmId::random();
+    assert_eq!(cloud.vm(store.host()).await.unwrap(), Some(VmFacts { running: true, has_root: true }));
+    assert_eq!(cloud.vm(vm).await.unwrap(), Some(VmFacts { running: false, has_root: false }));
+    assert_eq!(why(cloud.attach(a, store.host(), Some(Slot::Root)).await), Refusal::Conflict);
+    let file = store.options.dir.join("vms").join(format!("{vm}.json"));
+    fs::write(&file, r#"{"running":true,"note":"kept"}"#).unwrap();
+    assert_eq!(why(cloud.attach(a, vm, Some(Slot::Root)).await), Refusal::Conflict);
+    fs::write(&file, r#"{"running":false}"#).unwrap();
+    cloud.attach(a, vm, Some(Slot::Root)).await.unwrap();
+    assert_eq!(cloud.vm(vm).await.unwrap(), Some(VmFacts { running: false, has_root: true }));
+    assert_eq!(why(cloud.attach(b, vm, Some(Slot::Root)).await), Refusal::Conflict);
+    fs::write(&file, "nonsense").unwrap();
+    assert!(ambiguous(cloud.vm(vm).await).contains(&vm.to_string()));
+    let other = VmId::random();
+    cloud.attach(b, other, None).await.unwrap();
+    assert!(store.options.dir.join("vms").join(format!("{other}.json")).exists());
+}
+
+#[tokio::test]
+async fn no_more_disks_here_than_the_host_takes() {
+    let mut store = Store::new();
+    store.options.most_disks = 1;
+    let cloud = store.open();
+    let (a, b) = (made(&cloud).await, made(&cloud).await);
+    cloud.attach(a, store.host(), None).await.unwrap();
+    assert_eq!(why(cloud.attach(b, store.host(), None).await), Refusal::Other);
+    assert_eq!(store.bindings(b), []);
+    cloud.detach(a, store.host(), false).await.unwrap();
+    cloud.attach(b, store.host(), None).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_reboot_detaches_here_and_nowhere_else() {
+    let mut store = Store::new();
+    let cloud = store.open();
+    let (a, b, vm) = (made(&cloud).await, made(&cloud).await, VmId::random());
+    cloud.attach(a, store.host(), None).await.unwrap();
+    cloud.attach(b, vm, None).await.unwrap();
+    store.unbind_all();
+    // Told as attached: that the kernel has lost the device is another one's business.
+    assert_eq!(at(&cloud, a).await, Some(store.host()));
+    store.options.boot = BootId::random();
+    let cloud = store.open();
+    assert_eq!((at(&cloud, a).await, at(&cloud, b).await), (None, Some(vm)));
+    cloud.detach(a, store.host(), false).await.unwrap();
+    assert_eq!(store.meta(a)["attached"], serde_json::Value::Null);
+    cloud.attach(a, store.host(), None).await.unwrap();
+    store.node(a);
+}
+
+#[tokio::test]
+async fn a_lost_device_comes_back_by_attach_and_is_forgotten_by_detach() {
+    let store = Store::new();
+    let cloud = store.open();
+    let v = made(&cloud).await;
+    cloud.attach(v, store.host(), None).await.unwrap();
+    store.unbind_all();
+    cloud.attach(v, store.host(), None).await.unwrap();
+    store.node(v);
+    store.unbind_all();
+    cloud.detach(v, store.host(), false).await.unwrap();
+    assert_eq!(at(&cloud, v).await, None);
+}
+
+#[tokio::test]
+async fn growing_reaches_the_device_and_shrinking_is_refused() {
+    let store = Store::new();
+    let cloud = store.open();
+    let v = made(&cloud).await;
+    cloud.attach(v, store.host(), None).await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(cloud.resize(v, 2 * MIB - 1).await.unwrap(), 2 * MIB);
+        assert_eq!(sys::disk_size(File::open(store.node(v)).unwrap().as_fd()).unwrap(), 2 * MIB);
+    }
+    assert_eq!(why(cloud.resize(v, MIB).await), Refusal::Other);
+    // Half done: the file has grown, the device has not.
+    OpenOptions::new().write(true).open(store.file(v, "data.img")).unwrap().set_len(3 * MIB).unwrap();
+    assert_eq!(cloud.resize(v, 3 * MIB).await.unwrap(), 3 * MIB);
+    assert_eq!(sys::disk_size(File::open(store.node(v)).unwrap().as_fd()).unwrap(), 3 * MIB);
+    assert_eq!(cloud.find(v).await.unwrap().unwrap().size, 3 * MIB);
+}
+
+#[tokio::test]
+async fn capacity_counts_every_volume_and_the_trash() {
+    let mut store = Store::new();
+    store.options.capacity = Some(3 * MIB);
+    let cloud = store.open();
+    let a = made(&cloud).await;
+    made(&cloud).await;
+    assert_eq!(why(cloud.create(&new(2 * MIB)).await), Refusal::Capacity);
+    assert_eq!(why(cloud.resize(a, 3 * MIB).await), Refusal::Capacity);
+    assert_eq!(cloud.find(a).await.unwrap().unwrap().size, MIB);
+    cloud.delete(a, false).await.unwrap();
+    assert_eq!(why(cloud.create(&new(2 * MIB)).await), Refusal::Capacity);
+    cloud.delete(a, true).await.unwrap();
+    cloud.create(&new(2 * MIB)).await.unwrap();
+    assert_eq!(why(cloud.create(&new(1 << 60)).await), Refusal::Capacity);
+    let names: Vec<_> =
+        fs::read_dir(store.options.dir.join("volumes")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 2, "{names:?}");
+}
+
+#[tokio::test]
+async fn a_volume_larger_than_the_filesystem_has_free_is_refused() {
+    let store = Store::new();
+    let cloud = store.open();
+    assert_eq!(why(cloud.create(&new(1 << 60)).await), Refusal::Capacity);
+    assert_eq!(why(cloud.create(&new(u64::MAX)).await), Refusal::Capacity);
+    let v = made(&cloud).await;
+    assert_eq!(why(cloud.resize(v, 1 << 60).await), Refusal::Capacity);
+    assert_eq!(store.meta(v)["intent"], serde_json::Value::Null);
+}
+
+#[tokio::test]
+async fn a_mark_changes_only_from_the_one_expected() {
+    let store = Store::new();
+    let cloud = store.open();
+    let v = made(&cloud).await;
+    let (one, two) = (label(1), label(2));
+    assert_eq!(why(cloud.exchange_mark(v, None, Some(&two)).await), Refusal::Mark(Some(one.mark)));
+    for _ in 0..2 {
+        cloud.exchange_mark(v, Some(one.mark), Some(&two)).await.unwrap();
+    }
+    assert_eq!(cloud.find(v).await.unwrap().unwrap().mark, Some(two.mark));
+    let renamed = Label { disk: DiskName::parse("other").unwrap(), ..label(2) };
+    cloud.exchange_mark(v, Some(two.mark), Some(&renamed)).await.unwrap();
+    assert_eq!(store.meta(v)["disk"], "other");
+    for _ in 0..2 {
+        cloud.exchange_mark(v, Some(two.mark), None).await.unwrap();
+    }
+    assert_eq!(why(cloud.exchange_mark(v, Some(two.mark), Some(&one)).await), Refusal::Mark(None));
+    cloud.exchange_mark(v, None, Some(&one)).await.unwrap();
+    assert_eq!(store.meta(v)["mark"], one.mark.to_string());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_many_who_claim_one_volume_one_gets_it() {
+    let store = Store::new();
+    let (cloud, second_daemon) = (store.open(), store.open());
+    let v = made(&cloud).await;
+    cloud.exchange_mark(v, Some(label(1).mark), None).await.unwrap();
+    let tasks: Vec<_> = (10..26)
+        .map(|epoch| {
+            let cloud = if epoch % 2 == 0 { cloud.clone() } else { second_daemon.clone() };
+            tokio::spawn(async move { cloud.exchange_mark(v, None, Some(&label(epoch))).await.is_ok() })
+        })
+        .collect();
+    let won = futures_util::future::join_all(tasks).await.into_iter().filter(|r| *r.as_ref().unwrap()).count();
+    assert_eq!(won, 1);
+}
+
+#[tokio::test]
+async fn a_deleted_volume_is_kept_for_a_while_and_expunge_is_for_good() {
+    let mut store = Store::new();
+    let cloud = store.open();
+    let (a, b) = (made(&cloud).await, made(&cloud).await);
+    cloud.attach(a, store.host(), None).await.unwrap();
+    assert_eq!(why(cloud.delete(a, true).await), Refusal::Conflict);
+    cloud.detach(a, store.host(), false).await.unwrap();
+    cloud.attach(a, VmId::random(), None).await.unwrap();
+    assert_eq!(why(cloud.delete(a, false).await), Refusal::Conflict);
+    store.edit(a, |m| m["attached"] = serde_json::Value::Null);
+    let earliest = Timestamp::from(std::time::SystemTime::now()).plus(store.options.trash_keep);
+    let until = cloud.delete(a, false).await.unwrap().unwrap();
+    assert!(until >= earliest);
+    assert_eq!(cloud.delete(a, false).await.unwrap(), Some(until));
+    assert_eq!(cloud.find(a).await.unwrap(), None);
+    let trash = || fs::read_dir(store.options.dir.join("trash")).unwrap().count();
+    assert_eq!(trash(), 1);
+    assert_eq!(cloud.delete(b, true).await.unwrap(), None);
+    assert_eq!(trash(), 1);
+    assert_eq!(cloud.delete(a, true).await.unwrap(), None);
+    assert_eq!(trash(), 0);
+    assert_eq!(cloud.delete(VolumeId::random(), false).await.unwrap(), None);
+    let c = made(&cloud).await;
+    cloud.delete(c, false).await.unwrap();
+    assert_eq!(trash(), 1);
+    let kept = store.options.dir.join("trash/not-ours");
+    fs::create_dir(&kept).unwrap();
+    store.options.trash_keep = Duration::ZERO;
+    store.open();
+    assert_eq!(fs::read_dir(store.options.dir.join("trash")).unwrap().count(), 1);
+    assert!(kept.exists());
+}
+
+#[tokio::test]
+async fn a_protected_volume_says_so_and_is_not_deleted() {
+    let mut store = Store::new();
+    let v = made(&store.open()).await;
+    store.options.protect.push(v);
+    let cloud = store.open();
+    assert!(cloud.find(v).await.unwrap().unwrap().carries_host.unwrap().contains("protected"));
+    assert_eq!(why(cloud.delete(v, false).await), Refusal::Conflict);
+}
+
+#[tokio::test]
+async fn a_store_that_is_not_there_is_unreachable_and_never_empty() {
+    let store = Store::new();
+    let cloud = store.open();
+    let v = made(&cloud).await;
+    let asked = Survey { volumes: vec![v], vms: vec![store.host()], record: None };
+    let away = store.options.dir.with_extension("away");
+    fs::rename(&store.options.dir, &away).unwrap();
+    for _ in 0..2 {
+        unreachable(cloud.find(v).await);
+        unreachable(cloud.find(VolumeId::random()).await);
+        unreachable(cloud.find_created(Fence::random()).await);
+        unreachable(cloud.survey(&asked).await);
+        unreachable(cloud.survey(&Survey { volumes: vec![v], ..Survey::default() }).await);
+        unreachable(cloud.create(&new(MIB)).await);
+        unreachable(cloud.attach(v, store.host(), None).await);
+        unreachable(cloud.detach(v, store.host(), false).await);
+        unreachable(cloud.resize(v, MIB).await);
+        unreachable(cloud.delete(v, true).await);
+        unreachable(cloud.exchange_mark(v, None, None).await);
+        unreachable(cloud.vm(store.host()).await);
+        unreachable(cloud.vm(VmId::random()).await);
+        // And so is an empty or another store in its place.
+        if !store.options.dir.exists() {
+            let other = Store::new();
+            other.open();
+            fs::rename(&other.options.dir, &store.options.dir).unwrap();
+        }
+    }
+    fs::remove_dir_all(&store.options.dir).unwrap();
+    fs::rename(&away, &store.options.dir).unwrap();
+    assert!(cloud.find(v).await.unwrap().is_some());
+}
+
+#[test]
+fn a_directory_of_somebody_else_is_not_taken() {
+    let store = Store::new();
+    fs::create_dir(&store.options.dir).unwrap();
+    fs::write(store.options.dir.join("letter.txt"), "dear").unwrap();
+    let open = LoopCloud::open(store.options.clone()).map(drop);
+    assert!(unreachable(open).contains("not a loop store"));
+    assert_eq!(fs::read_dir(&store.options.dir).unwrap().count(), 1);
+    fs::write(
+        store.options.dir.join("provider.json"),
+        format!(r#"{{"provider":"volfs-loop","version":99,"instance":"{}"}}"#, VolumeId::random()),
+    )
+    .unwrap();
+    assert!(unreachable(LoopCloud::open(store.options.clone()).map(drop)).contains("version 99"));
+}
+
+#[tokio::test]
+async fn a_damaged_volume_names_its_file_and_hides_no_other() {
+    let store = Store::new();
+    let cloud = store.open();
+    let (good, bad) = (made(&cloud).await, made(&cloud).await);
+    let path = store.file(bad, "meta.json");
+    let sound = fs::read(&path).unwrap();
+    let record = Some(label(1).mark.record);
+    let other_id = String::from_utf8(sound.clone()).unwrap().replace(&bad.to_string(), &good.to_string());
+    for damage in [Some(&b"{\"id\":"[..]), Some(&b""[..]), Some(other_id.as_bytes()), None] {
+        match damage {
+            Some(bytes) => fs::write(&path, bytes).unwrap(),
+            None => fs::remove_file(&path).unwrap(),
+        }
+        let name = path.display().to_string();
+        assert!(ambiguous(cloud.find(bad).await).contains(&name));
+        assert!(ambiguous(cloud.attach(bad, store.host(), None).await).contains(&name));
+        assert!(ambiguous(cloud.detach(bad, store.host(), false).await).contains(&name));
+        assert!(ambiguous(cloud.delete(bad, true).await).contains(&name));
+        let by_id = Survey { volumes: vec![good, bad], ..Survey::default() };
+        assert!(ambiguous(cloud.survey(&by_id).await).contains(&name));
+        let by_vm = Survey { vms: vec![VmId::random()], ..Survey::default() };
+        assert!(ambiguous(cloud.survey(&by_vm).await).contains(&name));
+        let others = Survey { volumes: vec![good], vms: vec![store.host()], record };
+        assert_eq!(cloud.survey(&others).await.unwrap().iter().map(|v| v.id).collect::<Vec<_>>(), [good]);
+        made(&cloud).await;
+        let ids: Vec<_> =
+            cloud.survey(&others).await.unwrap().into_iter().map(|v| v.id).filter(|v| *v != good).collect();
+        for id in ids {
+            cloud.delete(id, true).await.unwrap();
+        }
+        cloud.attach(good, store.host(), None).await.unwrap();
+        cloud.detach(good, store.host(), false).await.unwrap();
+        store.open();
+    }
+    fs::write(&path, sound).unwrap();
+    assert!(cloud.find(bad).await.unwrap().is_some());
+    OpenOptions::new().write(true).open(store.file(bad, "data.img")).unwrap().set_len(512).unwrap();
+    assert!(ambiguous(cloud.find(bad).await).contains("data.img"));
+}
+
+#[tokio::test]
+async fn fields_of_a_newer_version_survive_a_change() {
+    let store = Store::new();
+    let cloud = store.open();
+    let v = made(&cloud).await;
+    store.edit(v, |m| m["later"] = serde_json::json!({"a": [1, 2]}));
+    cloud.exchange_mark(v, Some(label(1).mark), None).await.unwrap();
+    assert_eq!(store.meta(v)["later"], serde_json::json!({"a": [1, 2]}));
+}
+
+#[tokio::test]
+async fn a_survey_shows_what_was_asked_for_and_changes_behind_our_back() {
+    let store = Store::new();
+    let cloud = store.open();
+    let (a, b, c, d) = (made(&cloud).await, made(&cloud).await, made(&cloud).await, made(&cloud).await);
+    let (vm, record) = (VmId::random(), RecordId::random());
+    cloud.attach(a, vm, None).await.unwrap();
+    let theirs = Label { mark: Mark { record, epoch: 5 }, ..label(1) };
+    cloud.exchange_mark(b, Some(label(1).mark), Some(&theirs)).await.unwrap();
+    let asked = Survey { volumes: vec![c, VolumeId::random(), c], vms: vec![vm], record: Some(record) };
+    let ids = async || {
+        let mut ids: Vec<_> = cloud.survey(&asked).await.unwrap().into_iter().map(|v| v.id).collect();
+        ids.sort();
+        ids
+    };
+    let sorted = |mut ids: Vec<VolumeId>| {
+        ids.sort();
+        ids
+    };
+    assert_eq!(ids().await, sorted(vec![a, b, c]));
+    assert_eq!(cloud.survey(&Survey { volumes: vec![d, d], ..Survey::default() }).await.unwrap().len(), 1);
+    store.edit(a, |m| m["attached"]["vm"] = serde_json::json!(VmId::random()));
+    assert_eq!(ids().await, sorted(vec![b, c]));
+    store.edit(d, |m| m["mark"] = serde_json::json!(theirs.mark.to_string()));
+    assert_eq!(ids().await, sorted(vec![b, c, d]));
+}
+
+#[tokio::test]
+async fn a_crash_at_any_point_leaves_a_settled_truth() {
+    let store = Store::new();
+    let host = store.host();
+    let made_by_child = VolumeId::random();
+    for (point, there) in [("loop.create.before", false), ("loop.create.built", false), ("loop.create.after", true)] {
+        store.killed(point, "create", made_by_child);
+        assert_eq!(store.open().find(made_by_child).await.unwrap().is_some(), there, "{point}");
+        let left = fs::read_dir(store.options.dir.join("volumes")).unwrap().count();
+        assert_eq!(left, usize::from(there), "{point}");
+    }
+    let v = made_by_child;
+    let watcher = store.open();
+    for (point, attached) in [
+        ("loop.attach.before", false),
+        ("loop.attach.intent", false),
+        ("loop.attach.bound", true),
+        ("loop.attach.after", true),
+    ] {
+        store.killed(point, "attach", v);
+        let expected = attached.then_some(host);
+        assert_eq!(at(&watcher, v).await, expected, "{point}: before recovery");
+        assert_eq!(store.bindings(v).len(), usize::from(attached), "{point}");
+        let cloud = store.open();
+        assert_eq!(at(&cloud, v).await, expected, "{point}");
+        assert_eq!(store.meta(v)["intent"], serde_json::Value::Null, "{point}");
+        cloud.attach(v, host, None).await.unwrap();
+        store.node(v);
+        cloud.detach(v, host, false).await.unwrap();
+    }
+    for (point, attached) in [
+        ("loop.detach.before", true),
+        ("loop.detach.intent", true),
+        ("loop.detach.cleared", false),
+        ("loop.detach.after", false),
+    ] {
+        watcher.attach(v, host, None).await.unwrap();
+        store.killed(point, "detach", v);
+        let expected = attached.then_some(host);
+        assert_eq!(at(&watcher, v).await, expected, "{point}: before recovery");
+        let cloud = store.open();
+        assert_eq!(at(&cloud, v).await, expected, "{point}");
+        assert_eq!(store.meta(v)["intent"], serde_json::Value::Null, "{point}");
+        assert_eq!(store.bindings(v).len(), usize::from(attached), "{point}");
+        cloud.detach(v, host, false).await.unwrap();
+        assert_eq!(store.bindings(v), []);
+    }
+    watcher.attach(v, host, None).await.unwrap();
+    for (point, size) in [
+        ("loop.resize.before", MIB),
+        ("loop.resize.intent", 2 * MIB),
+        ("loop.resize.grown", 2 * MIB),
+        ("loop.resize.after", 2 * MIB),
+    ] {
+        // Each from one MiB again, as nobody but a test would make it.
+        let device = store.node(v);
+        OpenOptions::new().write(true).open(store.file(v, "data.img")).unwrap().set_len(MIB).unwrap();
+        store.edit(v, |m| m["size"] = serde_json::json!(MIB));
+        sys::loop_set_capacity(File::open(&device).unwrap().as_fd()).unwrap();
+        store.killed(point, "resize", v);
+        let cloud = store.open();
+        let found = cloud.find(v).await.unwrap().unwrap();
+        assert_eq!(
+            (found.size, sys::disk_size(File::open(&device).unwrap().as_fd()).unwrap()),
+            (size, size),
+            "{point}"
+        );
+        assert_eq!(cloud.resize(v, 2 * MIB).await.unwrap(), 2 * MIB);
+    }
+    watcher.detach(v, host, false).await.unwrap();
+    for (point, epoch) in [("loop.mark.before", 1), ("loop.mark.after", 2)] {
+        store.killed(point, "mark", v);
+        assert_eq!(watcher.find(v).await.unwrap().unwrap().mark, Some(label(epoch).mark), "{point}");
+    }
+    for (point, there) in [("loop.delete.before", true), ("loop.delete.after", false)] {
+        store.killed(point, "delete", v);
+        assert_eq!(watcher.find(v).await.unwrap().is_some(), there, "{point}");
+    }
+}
+
+#[tokio::test]
+async fn a_crash_within_the_test_for_users_is_taken_back_at_the_next_start() {
+    let store = Store::new();
+    let cloud = store.open();
+    let v = made(&cloud).await;
+    cloud.attach(v, store.host(), None).await.unwrap();
+    let node = store.node(v);
+    let user = File::open(&node).unwrap();
+    store.killed("loop.detach.flagged", "detach", v);
+    assert!(store.bindings(v)[0].autoclear);
+    let cloud = store.open();
+    assert_eq!(store.node(v), node);
+    drop(user);
+    assert_eq!(store.node(v), node);
+    assert_eq!(at(&cloud, v).await, Some(store.host()));
+    // Without a user the killed process's own close ends it, and that is a finished detach.
+    store.killed("loop.detach.flagged", "detach", v);
+    assert_eq!(at(&store.open(), v).await, None);
+}
+
+#[tokio::test]
+async fn failpoints_answer_in_the_three_kinds() {
+    let store = Store::new();
+    let v = VolumeId::random();
+    assert_eq!(store.child("loop.refuse=fail", "create", v).code(), Some(10));
+    assert_eq!(store.child("loop.unreachable=fail", "create", v).code(), Some(11));
+    assert_eq!(store.open().find(v).await.unwrap(), None);
+    assert_eq!(store.child("loop.ambiguous=fail", "create", v).code(), Some(12));
+    assert!(store.open().find(v).await.unwrap().is_some());
+    assert_eq!(store.child("loop.attach.bound=fail", "attach", v).code(), Some(12));
+    assert_eq!(store.child("", "attach", v).code(), Some(0));
+    store.node(v);
+}
+
+/// `cargo test --release ten_thousand -- --ignored --nocapture` tells the times.
+#[tokio::test]
+#[ignore = "makes 10 000 volumes: for measuring"]
+async fn ten_thousand_volumes_are_surveyed() {
+    let store = Store::new();
+    let cloud = store.open();
+    let mut ids = Vec::new();
+    for n in 0..10_000u64 {
+        let id = VolumeId::random();
+        let dir = store.options.dir.join("volumes").join(id.to_string());
+        fs::create_dir(&dir).unwrap();
+        File::create(dir.join("data.img")).unwrap().set_len(MIB).unwrap();
+        let meta =
+            serde_json::json!({"id": id, "name": format!("v{n}"), "size": MIB, "mark": label(1).mark.to_string()});
+        fs::write(dir.join("meta.json"), serde_json::to_vec_pretty(&meta).unwrap()).unwrap();
+        ids.push(id);
+    }
+    let by_record = Survey { record: Some(label(1).mark.record), ..Survey::default() };
+    let by_id = Survey { volumes: ids.clone(), ..Survey::default() };
+    for (what, survey) in [("record, fresh files", &by_record), ("ids", &by_id)] {
+        let start = std::time::Instant::now();
+        assert_eq!(cloud.survey(survey).await.unwrap().len(), 10_000);
+        println!("{what}: {:?}", start.elapsed());
+    }
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    for what in ["record, first", "record, again"] {
+        let start = std::time::Instant::now();
+        assert_eq!(cloud.survey(&by_record).await.unwrap().len(), 10_000);
+        println!("{what}: {:?}", start.elapsed());
+    }
+    let start = std::time::Instant::now();
+    cloud.attach(ids[0], store.host(), None).await.unwrap();
+    println!("attach: {:?}", start.elapsed());
+    let start = std::time::Instant::now();
+    cloud.detach(ids[0], store.host(), false).await.unwrap();
+    println!("detach: {:?}", start.elapsed());
+    let start = std::time::Instant::now();
+    store.open();
+    println!("open: {:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn a_new_volume_reads_as_zeroes() {
+    let store = Store::new();
+    let cloud = store.open();
+    let v = made(&cloud).await;
+    cloud.attach(v, store.host(), None).await.unwrap();
+    let mut device = OpenOptions::new().read(true).write(true).open(store.node(v)).unwrap();
+    device.write_all(&[0xff; 4096]).unwrap();
+    device.sync_all().unwrap();
+    drop(device);
+    cloud.detach(v, store.host(), false).await.unwrap();
+    cloud.delete(v, true).await.unwrap();
+    let w = made(&cloud).await;
+    cloud.attach(w, store.host(), None).await.unwrap();
+    let mut device = File::open(store.node(w)).unwrap();
+    let mut bytes = Vec::new();
+    device.seek(SeekFrom::Start(0)).unwrap();
+    device.read_to_end(&mut bytes).unwrap();
+    assert_eq!(bytes.len() as u64, MIB);
+    assert!(bytes.iter().all(|b| *b == 0));
+}
