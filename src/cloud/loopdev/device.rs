@@ -157,11 +157,11 @@ pub(super) fn bind(volume: VolumeId, data: &Path) -> io::Result<u32> {
     let deadline = Instant::now() + WIN_A_DEVICE;
     loop {
         let number = sys::loop_get_free(control.as_fd())?;
-        let device = OpenOptions::new().read(true).write(true).open(format!("/dev/loop{number}"))?;
-        match sys::loop_configure(device.as_fd(), &backing, 512, info) {
+        let node = OpenOptions::new().read(true).write(true).open(format!("/dev/loop{number}"));
+        match node.and_then(|device| sys::loop_configure(device.as_fd(), &backing, 512, info)) {
             Ok(()) => return Ok(number),
-            // Somebody else won it. It is theirs: only ask for another one.
-            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => continue,
+            // Somebody else won it (or has removed it since). It is not ours: only ask for another one.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::ENXIO)) && Instant::now() < deadline => {}
             Err(e) => return Err(e),
         }
     }
@@ -185,14 +185,15 @@ pub(super) enum Unbound {
 /// It asks for "clear at the last close" and closes: whoever has it then keeps it. `LOOP_CLR_FD`
 /// is not used: with us as its only opener it fails all I/O from that moment, and pages that a
 /// writer dirtied and closed just before are lost at our close (measured on 6.18); the last close
-/// writes them out.
-pub(super) fn unbind(binding: &Binding, data: &Path, mut flagged: impl FnMut()) -> io::Result<Unbound> {
+/// of a device still bound writes them out. `reached` is told the failpoints passed.
+pub(super) fn unbind(binding: &Binding, data: &Path, mut reached: impl FnMut(&str)) -> io::Result<Unbound> {
     if let Some(device) = open_bound(binding, data)? {
         if let Err(e) = device.sync_all() {
             return Ok(Unbound::NotFlushed(e));
         }
+        reached("loop.detach.flushed");
         set_autoclear(&device, true)?;
-        flagged();
+        reached("loop.detach.flagged");
     }
     if wait_gone(binding, PASSING_USERS) {
         return Ok(Unbound::Gone);

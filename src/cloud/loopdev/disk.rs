@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -17,6 +17,11 @@ use crate::model::{BootId, Fence, Mark, VmId, VolumeId};
 
 /// The layout's version in `provider.json`; another one is not touched.
 const LAYOUT: u32 = 1;
+
+/// Bytes kept allocated so that detach and release can write on a full filesystem, and how many of
+/// them are freed at a time.
+const RESERVE: u64 = 256 * 1024;
+const RESERVE_SLICE: u64 = 32 * 1024;
 
 /// `meta.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -161,13 +166,15 @@ impl Layout {
         let marker = dir.join("provider.json");
         if fs::symlink_metadata(&marker).is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
             let mut entries = fs::read_dir(&dir).map_err(|e| unreachable(dir.display(), &e))?;
-            // A crash in the first start leaves the marker's unfinished copy and nothing else.
-            if !entries.all(|e| e.is_ok_and(|e| e.file_name() == "provider.json.new")) {
+            // A crash in the first start leaves the marker's unfinished copy; a new filesystem has lost+found.
+            let empty = |e: &fs::DirEntry| e.file_name() == "provider.json.new" || e.file_name() == "lost+found";
+            if !entries.all(|e| e.is_ok_and(|e| empty(&e))) {
                 let words = format!("{} is not empty and has no provider.json: not a loop store", dir.display());
                 return Err(CloudError::Unreachable { words });
             }
             let new = Provider { provider: "volfs-loop".into(), version: LAYOUT, instance: uuid::Uuid::new_v4() };
             write_whole(&marker, &json(&new, &marker)?)?;
+            fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).map_err(|e| unreachable(dir.display(), &e))?;
         }
         let provider = Self::read_marker(&marker)?;
         for name in ["volumes", "vms", "trash"] {
@@ -314,6 +321,43 @@ impl Layout {
     pub fn write(&self, meta: &Meta) -> Result<(), CloudError> {
         let path = self.meta(meta.id);
         write_whole(&path, &json(meta, &path)?)
+    }
+
+    /// As [`Layout::write`], for work that gives something back: on a full filesystem it takes its
+    /// block from the reserve.
+    pub fn write_giving_back(&self, meta: &Meta) -> Result<(), CloudError> {
+        loop {
+            match self.write(meta) {
+                Err(CloudError::Refused { why: Refusal::Capacity, .. }) if self.shrink_reserve() => {}
+                done => return done,
+            }
+        }
+    }
+
+    /// Frees a slice of the reserve; false when there is none left.
+    fn shrink_reserve(&self) -> bool {
+        let path = self.dir.join("reserve");
+        let shrunk = OpenOptions::new().write(true).open(path).and_then(|file| {
+            let have = file.metadata()?.len();
+            file.set_len(have.saturating_sub(RESERVE_SLICE))?;
+            Ok(have > 0)
+        });
+        shrunk.unwrap_or(false)
+    }
+
+    /// Makes the reserve whole again where there is room.
+    pub fn fill_reserve(&self) {
+        let path = self.dir.join("reserve");
+        let fill = || {
+            let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path)?;
+            if file.metadata()?.len() < RESERVE {
+                rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE)?;
+            }
+            io::Result::Ok(())
+        };
+        if let Err(e) = fill() {
+            tracing::warn!("{}: no reserve for detaching on a full filesystem: {e}", path.display());
+        }
     }
 
     /// A VM's file; `None` if it was never mentioned.

@@ -4,6 +4,7 @@
 //! ```text
 //! DIR/provider.json            marks the directory as a store of ours
 //! DIR/lock                     flock: slots and capacity
+//! DIR/reserve                  room for detach and release on a full filesystem
 //! DIR/volumes/UUID/data.img    the volume: a sparse file
 //! DIR/volumes/UUID/meta.json   name, size, mark, where attached, what is being done
 //! DIR/volumes/.new-FENCE/      a volume being made

@@ -252,22 +252,61 @@ async fn attach_and_detach_here_are_real_and_repeatable() {
 }
 
 #[tokio::test]
-async fn what_was_written_before_a_detach_is_in_the_file() {
+async fn what_was_written_just_before_a_detach_is_in_the_file() {
     let store = Store::new();
     let cloud = store.open();
     let v = made(&cloud).await;
     cloud.attach(v, store.host(), None).await.unwrap();
     let node = store.node(v);
-    // A second descriptor keeps the writer's close from being the last one, which would flush.
-    let other = File::open(&node).unwrap();
-    let mut writer = OpenOptions::new().write(true).open(&node).unwrap();
-    writer.write_all(&[0x58; 65536]).unwrap();
-    drop(writer);
-    drop(other);
-    cloud.detach(v, store.host(), false).await.unwrap();
+    let binding = store.bindings(v).remove(0);
+    // Between our flush and our question somebody writes and closes: as we have it open, that close
+    // is not the last one and flushes nothing.
+    let unbound = device::unbind(&binding, &store.file(v, "data.img"), |point| {
+        if point == "loop.detach.flushed" {
+            OpenOptions::new().write(true).open(&node).unwrap().write_all(&[0x58; 65536]).unwrap();
+        }
+    });
+    assert!(matches!(unbound, Ok(device::Unbound::Gone)), "{unbound:?}");
     let mut bytes = vec![0; 65536];
     File::open(store.file(v, "data.img")).unwrap().read_exact(&mut bytes).unwrap();
     assert!(bytes.iter().all(|b| *b == 0x58));
+}
+
+struct Tmpfs(PathBuf);
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[tokio::test]
+async fn on_a_full_filesystem_detach_and_release_still_work() {
+    let mut store = Store::new();
+    let point = store.dir.path().canonicalize().unwrap().join("small");
+    fs::create_dir(&point).unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("tmpfs", &point, "tmpfs", flags, Some(c"size=4m")).unwrap();
+    let mounted = Tmpfs(point.clone());
+    store.options.dir = point.join("store");
+    let cloud = store.open();
+    let (a, b) = (made(&cloud).await, made(&cloud).await);
+    cloud.attach(a, store.host(), None).await.unwrap();
+    let mut filler = File::create(point.join("filler")).unwrap();
+    let full = std::iter::repeat_with(|| filler.write_all(&[1; 4096])).find_map(Result::err).unwrap();
+    assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+    assert_eq!(why(cloud.attach(b, store.host(), None).await), Refusal::Capacity);
+    assert_eq!(why(cloud.create(&new(MIB)).await), Refusal::Capacity);
+    assert_eq!((at(&cloud, b).await, store.bindings(b)), (None, vec![]));
+    cloud.detach(a, store.host(), false).await.unwrap();
+    cloud.exchange_mark(a, Some(label(1).mark), None).await.unwrap();
+    let found = cloud.find(a).await.unwrap().unwrap();
+    assert_eq!((found.attached, found.mark), (None, None));
+    assert_eq!(store.bindings(a), []);
+    fs::remove_file(point.join("filler")).unwrap();
+    cloud.delete(a, true).await.unwrap();
+    assert_eq!(fs::metadata(store.options.dir.join("reserve")).unwrap().len(), 256 * 1024);
+    drop((store, mounted));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -96,7 +96,7 @@ impl Inner {
         let Some(intent) = meta.intent else {
             // An attachment that ended with an earlier boot is no more.
             if meta.attached != was {
-                self.layout.write(&meta)?;
+                self.layout.write_giving_back(&meta)?;
             }
             return Ok((meta, length));
         };
@@ -121,7 +121,7 @@ impl Inner {
             meta.size = meta.size.max(length);
         }
         meta.intent = None;
-        self.layout.write(&meta).map_err(after_effect)?;
+        self.layout.write_giving_back(&meta).map_err(after_effect)?;
         Ok((meta, length))
     }
 
@@ -347,7 +347,7 @@ impl Inner {
             }
             before("loop.detach.before")?;
             meta.attached = None;
-            self.layout.write(&meta)?;
+            self.layout.write_giving_back(&meta)?;
             return point("loop.detach.after");
         }
         let bound = self.bindings(volume)?;
@@ -366,12 +366,12 @@ impl Inner {
         if !bound.is_empty() {
             let mut begun = meta.clone();
             begun.intent = Some(Intent::Detaching);
-            self.layout.write(&begun)?;
+            self.layout.write_giving_back(&begun)?;
             point("loop.detach.intent")?;
             for binding in &bound {
-                let result = device::unbind(binding, &self.layout.data(volume), || {
-                    // Only `kill` and `wait` make sense between the two halves of the test.
-                    let _ = failpoint::hit("loop.detach.flagged");
+                let result = device::unbind(binding, &self.layout.data(volume), |point| {
+                    // Within the test for users there is nothing to fail, only to be killed or held.
+                    failpoint::hit(point);
                 });
                 let as_before = match result {
                     Ok(Unbound::Gone) => continue,
@@ -385,12 +385,12 @@ impl Inner {
                     }
                     Err(e) => return Err(ambiguous(format!("unbinding {}", binding.name()), e)),
                 };
-                self.layout.write(&meta).map_err(after_effect)?;
+                self.layout.write_giving_back(&meta).map_err(after_effect)?;
                 return Err(as_before);
             }
             point("loop.detach.cleared")?;
         }
-        self.layout.write(&free).map_err(after_effect)?;
+        self.layout.write_giving_back(&free).map_err(after_effect)?;
         point("loop.detach.after")
     }
 
@@ -502,6 +502,7 @@ impl Inner {
                 tracing::warn!("{} stays in the trash: {e}", path.display());
             }
         }
+        self.layout.fill_reserve();
     }
 
     pub(super) fn exchange_mark(
@@ -526,7 +527,11 @@ impl Inner {
         }
         before("loop.mark.before")?;
         (meta.mark, meta.job, meta.disk) = (mark, job, disk);
-        self.layout.write(&meta)?;
+        if mark.is_some() {
+            self.layout.write(&meta)?
+        } else {
+            self.layout.write_giving_back(&meta)?
+        }
         point("loop.mark.after")
     }
 }
