@@ -17,8 +17,19 @@ use crate::model::{Fence, VmId, VolumeId};
 
 /// Metadata read before, kept as long as the file is the same one, so that a scan of a large store
 /// costs a stat a file.
-#[derive(Debug, Default)]
-pub(super) struct Cache(Mutex<HashMap<VolumeId, (Stamp, Arc<Meta>)>>);
+#[derive(Debug)]
+pub(super) struct Cache {
+    known: Mutex<HashMap<VolumeId, (Stamp, Arc<Meta>)>>,
+    /// A file changed more recently can change again within one tick of its times: its stamp proves
+    /// nothing yet.
+    quiet: Duration,
+}
+
+impl Cache {
+    pub fn new(quiet: Duration) -> Self {
+        Self { known: Mutex::default(), quiet }
+    }
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp {
@@ -40,10 +51,10 @@ impl Stamp {
         }
     }
 
-    /// A file changed just now can change again within one tick of its times: such a stamp proves nothing.
-    fn settled(&self) -> bool {
-        let changed = UNIX_EPOCH + Duration::from_secs(u64::try_from(self.ctime.0).unwrap_or(u64::MAX / 4));
-        SystemTime::now().duration_since(changed).is_ok_and(|age| age > Duration::from_secs(3))
+    fn older_than(&self, quiet: Duration) -> bool {
+        let changed = UNIX_EPOCH + Duration::from_secs(u64::try_from(self.ctime.0).unwrap_or(0));
+        // Times are cut to seconds here: one more is no harm.
+        quiet.is_zero() || SystemTime::now().duration_since(changed).is_ok_and(|age| age > quiet)
     }
 }
 
@@ -123,7 +134,7 @@ impl Inner {
             }
         }
         self.layout.still_ours()?;
-        let mut cache = self.cache.0.lock();
+        let mut cache = self.cache.known.lock();
         if cache.len() > found.len() {
             let there: HashSet<VolumeId> = found.iter().map(|(id, _)| *id).collect();
             cache.retain(|id, _| there.contains(id));
@@ -133,7 +144,7 @@ impl Inner {
 
     fn read_cached(&self, id: VolumeId) -> Result<Option<(Arc<Meta>, u64)>, CloudError> {
         if let Ok(now) = fs::symlink_metadata(self.layout.meta(id)) {
-            let known = self.cache.0.lock().get(&id).filter(|(stamp, _)| *stamp == Stamp::of(&now)).cloned();
+            let known = self.cache.known.lock().get(&id).filter(|(stamp, _)| *stamp == Stamp::of(&now)).cloned();
             if let Some((_, meta)) = known
                 && let Ok(length) = self.layout.length(id, meta.size)
             {
@@ -156,8 +167,8 @@ impl Inner {
         io::Read::read_to_end(&mut file, &mut bytes).ok()?;
         let meta = Arc::new(parse(&path, &bytes, id).ok()?);
         let length = self.layout.length(id, meta.size).ok()?;
-        if stamp.settled() {
-            self.cache.0.lock().insert(id, (stamp, meta.clone()));
+        if stamp.older_than(self.cache.quiet) {
+            self.cache.known.lock().insert(id, (stamp, meta.clone()));
         }
         Some((meta, length))
     }

@@ -110,6 +110,10 @@ impl LoopCloud {
     /// # Errors
     /// [`CloudError::Unreachable`] when the directory cannot be read or holds something else.
     pub fn open(options: LoopOptions) -> Result<Arc<Self>, CloudError> {
+        Self::open_caching(options, Duration::from_secs(3))
+    }
+
+    fn open_caching(options: LoopOptions, quiet: Duration) -> Result<Arc<Self>, CloudError> {
         let layout = Layout::open(&options.dir)?;
         let inner = Inner {
             layout,
@@ -119,7 +123,7 @@ impl LoopCloud {
             capacity: options.capacity,
             boot: options.boot,
             host: options.host,
-            cache: Cache::default(),
+            cache: Cache::new(quiet),
             binding: parking_lot::Mutex::new(()),
         };
         inner.recover()?;
