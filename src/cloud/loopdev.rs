@@ -1,1 +1,0 @@
-//! The embedded provider: sparse files as volumes, loop devices as attachments.
