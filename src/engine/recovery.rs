@@ -42,7 +42,6 @@ impl Engine {
             Target::Root => Place::Root,
         };
         let command = command::parse(row.command.as_bytes(), place).ok()?;
-        let detail: serde_json::Value = serde_json::from_str(&row.detail).unwrap_or_default();
         let live = Live {
             id: row.id,
             fence: row.fence,
@@ -54,7 +53,7 @@ impl Engine {
             caller: Arc::new(row.caller.clone()),
             began: row.began,
             clock: std::time::Instant::now(),
-            epoch: detail["epoch"].as_u64().unwrap_or(0),
+            epoch: super::start::epoch_of(row),
             parent: row.parent,
             recovering: true,
         };

@@ -10,7 +10,7 @@ use super::Engine;
 use super::core::Core;
 use super::reconcile::{CloudView, Finding, Recorded, Rules, settle};
 use super::volume::{facts, mapping_row, show_facts};
-use super::world::{Component, Mapping, Unclaimed, VmView, Volume};
+use super::world::{Component, Mapping, Unclaimed, VmView, Volume, World};
 use crate::cloud::{CloudError, CloudVolume, Survey};
 use crate::devices::DevicesError;
 use crate::error::Error;
@@ -239,16 +239,13 @@ impl Engine {
     pub(super) async fn round(&self) -> Result<(), Error> {
         let _one_at_a_time = self.rounds.lock().await;
         let world = self.world();
-        let loose: Vec<VolumeId> = self.core.lock().loose.iter().copied().collect();
-        let mut vms: BTreeSet<VmId> = world.vms.keys().copied().collect();
-        vms.insert(self.host);
-        let survey = Survey {
-            volumes: world.by_uuid.keys().copied().chain(loose.iter().copied()).collect(),
-            vms: vms.into_iter().collect(),
-            record: Some(self.record),
-        };
         let looked = Instant::now();
-        let answer = self.cloud.survey(&survey).await;
+        let survey = Survey { volumes: Vec::new(), vms: vec![self.host], record: Some(self.record) };
+        let mut answer = self.cloud.survey(&survey).await;
+        let mut unseen = BTreeSet::new();
+        if let Ok(volumes) = &mut answer {
+            self.ask_for_the_rest(&world, volumes, &mut unseen).await;
+        }
         self.cloud_health(answer.as_ref().err());
         let disks = self.kernel(|devices| devices.disks()).await;
         self.devices_health(disks.as_ref().err());
@@ -267,6 +264,7 @@ impl Engine {
                 None => CloudView::Unseen,
                 Some(map) => match map.get(&before.uuid) {
                     Some(seen) => CloudView::Seen(seen),
+                    None if unseen.contains(&before.uuid) => CloudView::Unseen,
                     None => self.absent(before.uuid, looked),
                 },
             };
@@ -288,15 +286,44 @@ impl Engine {
         };
         let host = self.host;
         let record = self.record;
+        // A survey of its own: what fails for another VM says nothing about our volumes.
+        let named: Vec<VmId> = world.vms.keys().copied().collect();
+        let on_vms = match named.is_empty() {
+            true => Ok(Vec::new()),
+            false => self.cloud.survey(&Survey { vms: named, ..Survey::default() }).await,
+        };
         self.publish(|core, at| {
             core.world.counters.reconciles += 1;
             core.world.health.reconciler = Component::Ok;
-            let volumes = answer.unwrap_or_default();
-            core.show_vms(&volumes, at);
+            let mut volumes = answer.unwrap_or_default();
+            match on_vms {
+                Ok(on_vms) => {
+                    core.show_vms(&on_vms, at);
+                    let known: BTreeSet<VolumeId> = volumes.iter().map(|v| v.id).collect();
+                    volumes.extend(on_vms.into_iter().filter(|v| !known.contains(&v.id)));
+                }
+                Err(error) => tracing::warn!("the volumes of other VMs could not be listed: {error}"),
+            }
             core.show_unclaimed(volumes, &disks, host, record, at);
             core.age_views(at, self.interval);
         });
         Ok(())
+    }
+
+    /// Volumes that carry no mark of ours any more, or are in no job, are asked for one by one, so
+    /// that one the cloud cannot tell of hides no other.
+    async fn ask_for_the_rest(&self, world: &World, volumes: &mut Vec<CloudVolume>, unseen: &mut BTreeSet<VolumeId>) {
+        let seen: BTreeSet<VolumeId> = volumes.iter().map(|v| v.id).collect();
+        let loose: Vec<VolumeId> = self.core.lock().loose.iter().copied().collect();
+        for volume in world.by_uuid.keys().copied().chain(loose).filter(|v| !seen.contains(v)) {
+            match self.cloud.find(volume).await {
+                Ok(found) => volumes.extend(found),
+                Err(error) => {
+                    tracing::warn!(%volume, "the cloud does not tell: {error}");
+                    unseen.insert(volume);
+                }
+            }
+        }
     }
 
     /// Rounds at start, when asked, and every interval; ends when the engine shuts down.

@@ -41,6 +41,9 @@ impl Engine {
         }
         core.fill(&loaded, &disks.unwrap_or_default(), &*devices, about.host, options.exact_size, at);
         let unfinished: Vec<OpRow> = loaded.unfinished.clone();
+        // An epoch may be on a mark already, though no ownership in the record has it yet.
+        let begun = unfinished.iter().map(epoch_of).max().unwrap_or(0);
+        core.next.epoch = core.next.epoch.max(begun + 1);
         let world = Arc::new(core.world.clone());
         let engine = Arc::new_cyclic(|me| Engine {
             me: me.clone(),
@@ -86,6 +89,12 @@ impl Engine {
         // The sender lives as long as the engine does, so waiting cannot fail.
         let _ = self.looked.subscribe().wait_for(|looked| *looked).await;
     }
+}
+
+/// The epoch that an operation reserved for its mark; 0 for those that put none.
+pub(super) fn epoch_of(row: &OpRow) -> u64 {
+    let detail: serde_json::Value = serde_json::from_str(&row.detail).unwrap_or_default();
+    detail["epoch"].as_u64().unwrap_or(0)
 }
 
 fn empty_world(

@@ -183,6 +183,13 @@ impl Layout {
         Ok(Self { dir, instance: provider.instance })
     }
 
+    /// Opens what is there already, and makes nothing.
+    pub fn look(dir: &Path) -> Result<Self, CloudError> {
+        let dir = fs::canonicalize(dir).map_err(|e| unreachable(dir.display(), &e))?;
+        let provider = Self::read_marker(&dir.join("provider.json"))?;
+        Ok(Self { dir, instance: provider.instance })
+    }
+
     fn read_marker(path: &Path) -> Result<Provider, CloudError> {
         let bytes = fs::read(path).map_err(|e| unreachable(path.display(), &e))?;
         let found: Provider = serde_json::from_slice(&bytes)

@@ -65,6 +65,8 @@ pub struct LoopOptions {
     pub boot: BootId,
     /// This host's id.
     pub host: VmId,
+    /// Look only: nothing is made, and nothing that a crash left is finished.
+    pub read_only: bool,
 }
 
 impl LoopOptions {
@@ -78,6 +80,7 @@ impl LoopOptions {
             capacity: None,
             boot,
             host,
+            read_only: false,
         }
     }
 }
@@ -114,7 +117,7 @@ impl LoopCloud {
     }
 
     fn open_caching(options: LoopOptions, quiet: Duration) -> Result<Arc<Self>, CloudError> {
-        let layout = Layout::open(&options.dir)?;
+        let layout = if options.read_only { Layout::look(&options.dir)? } else { Layout::open(&options.dir)? };
         let inner = Inner {
             layout,
             protect: options.protect.into_iter().collect(),
@@ -126,7 +129,9 @@ impl LoopCloud {
             cache: Cache::new(quiet),
             binding: parking_lot::Mutex::new(()),
         };
-        inner.recover()?;
+        if !options.read_only {
+            inner.recover()?;
+        }
         let about = About {
             name: "loop",
             host: options.host,

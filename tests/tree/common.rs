@@ -1,0 +1,310 @@
+//! A volfs of its own for each test: state, mount point and process in one temporary place, and
+//! gone with the test, also when it fails.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// The three shells of the contract.
+pub const SHELLS: [&[&str]; 3] = [&["bash"], &["dash"], &["busybox", "sh"]];
+
+/// Longest time anything here is waited for.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A running volfs.
+pub struct Volfs {
+    dir: tempfile::TempDir,
+    child: Option<Child>,
+    env: Vec<(String, String)>,
+    args: Vec<String>,
+}
+
+/// What a shell command printed, and its status.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Said {
+    pub status: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl Volfs {
+    /// Starts one with nothing in it.
+    pub fn start() -> Self {
+        Self::start_with(&[], "")
+    }
+
+    /// Starts one with environment variables (failpoints among them) and a configuration file.
+    pub fn start_with(env: &[(&str, &str)], config: &str) -> Self {
+        let mut volfs = Self::prepare(env, config);
+        volfs.launch();
+        volfs
+    }
+
+    /// Everything but the daemon.
+    pub fn prepare(env: &[(&str, &str)], config: &str) -> Self {
+        let dir = tempfile::Builder::new().prefix("volfs-test-").tempdir().expect("a temporary directory");
+        fs::create_dir(dir.path().join("mnt")).unwrap();
+        fs::write(dir.path().join("config.toml"), config).unwrap();
+        let env = env.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        Volfs { dir, child: None, env, args: Vec::new() }
+    }
+
+    /// Replaces the environment for the next [`Volfs::launch`].
+    pub fn set_env(&mut self, env: &[(&str, &str)]) {
+        self.env = env.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    }
+
+    /// Further arguments for the next [`Volfs::launch`], e.g. `--read-only`.
+    pub fn set_args(&mut self, args: &[&str]) {
+        self.args = args.iter().map(|a| a.to_string()).collect();
+    }
+
+    /// The daemon's command line.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_volfs"));
+        command
+            .arg("--state-dir")
+            .arg(self.state())
+            .arg("--config")
+            .arg(self.dir.path().join("config.toml"))
+            .args(&self.args)
+            .arg("mount")
+            .arg(self.root())
+            .envs(self.env.iter().map(|(k, v)| (k.as_str(), v.as_str())))
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Starts the daemon and waits until the tree answers.
+    pub fn launch(&mut self) {
+        if let Err(words) = self.try_launch() {
+            panic!("volfs did not start: {words}\n{}", self.log());
+        }
+    }
+
+    /// The same, with the daemon's sentence if it does not start.
+    pub fn try_launch(&mut self) -> Result<(), String> {
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.dir.path().join("log")).unwrap();
+        let mut command = self.command();
+        // The child says `ready` on stdout when the tree answers, or why it does not start.
+        command.arg("--background-child").stdout(Stdio::piped()).stderr(log);
+        let mut child = command.spawn().unwrap();
+        let mut out = child.stdout.take().unwrap();
+        let mut line = Vec::new();
+        let mut byte = [0u8; 1];
+        while out.read(&mut byte).unwrap_or(0) == 1 && byte[0] != b'\n' {
+            line.push(byte[0]);
+        }
+        if line == b"ready" {
+            self.child = Some(child);
+            return Ok(());
+        }
+        let _ = child.wait();
+        Err(String::from_utf8_lossy(&line).into_owned())
+    }
+
+    /// The mount point.
+    pub fn root(&self) -> PathBuf {
+        self.dir.path().join("mnt")
+    }
+
+    /// The state directory.
+    pub fn state(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    /// A place for a test's own files.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A path below the mount point.
+    pub fn path(&self, below: impl AsRef<Path>) -> PathBuf {
+        self.root().join(below)
+    }
+
+    /// The daemon's pid.
+    pub fn pid(&self) -> i32 {
+        self.child.as_ref().expect("a running daemon").id() as i32
+    }
+
+    /// What it logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
+    /// Runs a script in one shell with `$R` the mount point, standing outside the tree.
+    pub fn sh_in(&self, shell: &[&str], script: &str) -> Said {
+        said(self.shell(shell, script).output().unwrap())
+    }
+
+    /// The same in dash, the most common `/bin/sh`.
+    pub fn sh(&self, script: &str) -> Said {
+        self.sh_in(&["dash"], script)
+    }
+
+    /// Starts a script without waiting for it.
+    pub fn sh_spawn(&self, shell: &[&str], script: &str) -> Child {
+        self.shell(shell, script).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    fn shell(&self, shell: &[&str], script: &str) -> Command {
+        let mut command = Command::new(shell[0]);
+        command.args(&shell[1..]).arg("-c").arg(script).env("R", self.root()).env("VOLFS", self.root());
+        command.current_dir(self.dir.path()).stdin(Stdio::null());
+        command
+    }
+
+    /// A script that must succeed; its output without the last newline.
+    #[track_caller]
+    pub fn ok(&self, script: &str) -> String {
+        let said = self.sh(script);
+        assert_eq!(said.status, 0, "`{script}` failed: {said:?}\n{}", self.log());
+        said.out.trim_end_matches('\n').to_owned()
+    }
+
+    /// One write(2) of a command; the errno it ended with, 0 for success.
+    pub fn write(&self, below: impl AsRef<Path>, text: &str) -> i32 {
+        let open = fs::OpenOptions::new().write(true).open(self.path(below));
+        match open.and_then(|mut file| file.write(text.as_bytes())) {
+            Ok(n) => {
+                assert_eq!(n, text.len(), "a short count");
+                0
+            }
+            Err(error) => error.raw_os_error().unwrap_or(-1),
+        }
+    }
+
+    /// As [`Volfs::write`], as another user.
+    pub fn write_as(&self, uid: u32, gid: u32, below: impl AsRef<Path>, text: &str) -> i32 {
+        let script = r#"import os,sys
+try:
+    f=os.open(sys.argv[1],os.O_WRONLY); os.write(f,sys.argv[2].encode()); sys.exit(0)
+except OSError as e: sys.exit(e.errno)"#;
+        let mut command = Command::new("python3");
+        command.arg("-c").arg(script).arg(self.path(below)).arg(text).uid(uid).gid(gid).current_dir("/");
+        command.env("PATH", "/usr/bin:/bin:/usr/local/bin");
+        command.status().unwrap().code().unwrap_or(-1)
+    }
+
+    /// A file's text, or the errno.
+    pub fn read(&self, below: impl AsRef<Path>) -> Result<String, i32> {
+        let errno = |e: io::Error| e.raw_os_error().unwrap_or(-1);
+        let mut file =
+            fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(self.path(below)).map_err(errno)?;
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(errno)?;
+        Ok(text)
+    }
+
+    /// A value without its newline; panics if it cannot be read.
+    #[track_caller]
+    pub fn value(&self, below: impl AsRef<Path>) -> String {
+        let below = below.as_ref();
+        let text =
+            self.read(below).unwrap_or_else(|errno| panic!("{}: errno {errno}\n{}", below.display(), self.log()));
+        text.strip_suffix('\n').unwrap_or_else(|| panic!("{}: no newline in {text:?}", below.display())).to_owned()
+    }
+
+    /// A job with detached disks of `size`; answers their uuids in order.
+    #[track_caller]
+    pub fn job(&self, job: &str, disks: &[&str], size: &str) -> Vec<String> {
+        if !self.path(format!("jobs/{job}")).exists() {
+            fs::create_dir(self.path(format!("jobs/{job}"))).unwrap();
+        }
+        let make = |disk: &&str| {
+            assert_eq!(
+                self.write(format!("jobs/{job}/control"), &format!("create {disk} {size}")),
+                0,
+                "{}",
+                self.log()
+            );
+            let link = fs::read_link(self.path(format!("jobs/{job}/disks/{disk}"))).unwrap();
+            link.file_name().unwrap().to_str().unwrap().to_owned()
+        };
+        disks.iter().map(make).collect()
+    }
+
+    /// Waits until `done` holds, woken by the tree's own events; panics after [`PATIENCE`].
+    #[track_caller]
+    pub fn until(&self, what: &str, mut done: impl FnMut() -> bool) {
+        let began = Instant::now();
+        while !done() {
+            assert!(began.elapsed() < PATIENCE, "no {what} in {PATIENCE:?}\n{}", self.log());
+            std::thread::yield_now();
+            // Bounded pacing of the look, not a wait: `done` decides.
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// SIGKILL, and the dead mount left behind.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// Waits for the daemon to end by itself; its exit status, or -signal.
+    pub fn wait(&mut self) -> i32 {
+        use std::os::unix::process::ExitStatusExt;
+        let status = self.child.take().expect("a running daemon").wait().unwrap();
+        status.code().unwrap_or_else(|| -status.signal().unwrap_or(0))
+    }
+
+    /// SIGTERM, and how long the end took.
+    pub fn terminate(&mut self) -> (i32, Duration) {
+        let began = Instant::now();
+        // SAFETY: kill(2) takes no pointers; the pid is our own child, not yet waited for.
+        unsafe { libc::kill(self.pid(), libc::SIGTERM) };
+        (self.wait(), began.elapsed())
+    }
+
+    /// Loop devices whose backing file is in this test's directory.
+    pub fn loops(&self) -> Vec<String> {
+        loops_below(self.dir.path())
+    }
+}
+
+/// Kernel names of loop devices whose backing file is below `dir`.
+pub fn loops_below(dir: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/sys/block").unwrap().flatten() {
+        let name = entry.file_name().into_string().unwrap();
+        let backing = fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
+        if Path::new(backing.trim_end()).starts_with(dir) {
+            found.push(name);
+        }
+    }
+    found
+}
+
+fn said(output: Output) -> Said {
+    use std::os::unix::process::ExitStatusExt;
+    Said {
+        status: output.status.code().unwrap_or_else(|| -output.status.signal().unwrap_or(0)),
+        out: String::from_utf8_lossy(&output.stdout).into_owned(),
+        err: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// What a spawned script said in the end.
+pub fn finish(child: Child) -> Said {
+    said(child.wait_with_output().unwrap())
+}
+
+impl Drop for Volfs {
+    fn drop(&mut self) {
+        if self.child.is_some() {
+            let _ = self.terminate();
+        }
+        let _ = Command::new("umount").arg("-l").arg(self.root()).stderr(Stdio::null()).status();
+        for name in self.loops() {
+            let _ = Command::new("losetup").arg("-d").arg(format!("/dev/{name}")).stderr(Stdio::null()).status();
+        }
+    }
+}
