@@ -255,9 +255,7 @@ pub fn parse(bytes: &[u8], place: Place) -> Result<Command, Error> {
         }
         Verb::Revert => Action::Revert { name: words.name("NAME", SnapshotName::parse)? },
         Verb::DeleteSnapshot => Action::DeleteSnapshot { name: words.name("NAME", SnapshotName::parse)? },
-        Verb::Delete => {
-            Action::Delete { volume: words.name("UUID", VolumeId::parse)?, expunge: words.flag("expunge") }
-        }
+        Verb::Delete => Action::Delete { volume: words.name("UUID", VolumeId::parse)?, expunge: words.flag("expunge") },
         Verb::Release => Action::Release { volume: words.name("UUID", VolumeId::parse)? },
         Verb::Move => Action::Move { job: words.name("JOB", JobId::parse)? },
         Verb::Disk => Action::Disk { name: words.name("NAME", DiskName::parse)? },
@@ -466,11 +464,7 @@ impl Words {
         Some(self.keys.remove(found).1)
     }
 
-    fn parsed_key<T>(
-        &mut self,
-        key: &str,
-        parse: impl FnOnce(&str) -> Result<T, BadName>,
-    ) -> Result<Option<T>, Error> {
+    fn parsed_key<T>(&mut self, key: &str, parse: impl FnOnce(&str) -> Result<T, BadName>) -> Result<Option<T>, Error> {
         self.key(key).map(|v| parse(&v).map_err(short)).transpose()
     }
 

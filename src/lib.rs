@@ -3,6 +3,7 @@
 
 pub mod cloud;
 pub mod command;
+pub mod config;
 pub mod devices;
 pub mod engine;
 pub mod error;

@@ -61,7 +61,8 @@ fn blanks_and_newlines_around_a_command_do_not_matter() {
 
 #[test]
 fn anything_but_one_line_of_text_is_refused() {
-    for text in ["", "\n", " \t\n", "attach\ndetach", "attach\0", "att\x1bach", "attach\r\n", "# attach", "#", "a\u{85}"]
+    for text in
+        ["", "\n", " \t\n", "attach\ndetach", "attach\0", "att\x1bach", "attach\r\n", "# attach", "#", "a\u{85}"]
     {
         sentence(text, Place::Volume);
     }
@@ -139,7 +140,9 @@ fn what_a_verb_does_not_take_is_named() {
     ] {
         assert!(sentence(text, Place::Volume).contains(word), "{text}: {}", sentence(text, Place::Volume));
     }
-    for text in ["attach root vm=2aff4799-1111-4222-8333-444455556666", "attach device_id=4", "detach force", "cancel 4"] {
+    for text in
+        ["attach root vm=2aff4799-1111-4222-8333-444455556666", "attach device_id=4", "detach force", "cancel 4"]
+    {
         sentence(text, Place::Job);
     }
     for text in ["cancel", "cancel 0", "cancel -1", "cancel 9223372036854775808", "abandon x"] {
@@ -223,15 +226,23 @@ fn action(place: Place) -> BoxedStrategy<Action> {
         ]
         .boxed(),
         Place::Job => prop_oneof![
-            (disk(), sizes(), of(uuid_text()), of(text("[^ \\t\\pC]{1,20}")), of(text("[^ \\pC]([^\\pC]{0,30}[^ \\pC])?")))
-                .prop_map(|(disk, size, offering, zone, name)| Action::Create { disk, size, offering, zone, name }),
+            (
+                disk(),
+                sizes(),
+                of(uuid_text()),
+                of(text("[^ \\t\\pC]{1,20}")),
+                of(text("[^ \\pC]([^\\pC]{0,30}[^ \\pC])?"))
+            )
+                .prop_map(|(disk, size, offering, zone, name)| Action::Create {
+                    disk,
+                    size,
+                    offering,
+                    zone,
+                    name
+                }),
             // `claim UUID nowait` is the flag, never a disk of that name.
             (volume(), of(disk().prop_filter("the flag", |d| d.as_str() != "nowait")), of(uuid_text())).prop_map(
-                |(volume, disk, from)| Action::Claim {
-                    volume,
-                    disk,
-                    from: from.map(|t| RecordId::parse(&t).unwrap())
-                }
+                |(volume, disk, from)| Action::Claim { volume, disk, from: from.map(|t| RecordId::parse(&t).unwrap()) }
             ),
             vm().prop_map(|vm| Action::Attach { vm, slot: None }),
             vm().prop_map(|vm| Action::Detach { vm, force: false }),
