@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 
-use crate::model::{DiskName, JobId, VolumeId};
+use crate::model::VolumeId;
 
 mod file;
 
@@ -23,6 +23,9 @@ pub const DEFAULT_STATE_DIR: &str = "/var/lib/volfs";
 pub const DEFAULT_CONFIG_FILE: &str = "/etc/volfs/config.toml";
 /// The group of writable files when it exists and none was named.
 pub const DEFAULT_GROUP: &str = "volfs";
+
+/// Where `mount --background` logs when nothing says otherwise.
+pub const DEFAULT_BACKGROUND_LOG: &str = "/var/log/volfs.log";
 
 const GROUP_FILE: &str = "/etc/group";
 
@@ -67,7 +70,7 @@ pub struct Options {
     /// What to log, e.g. info or volfs=debug [default: info].
     #[arg(long, global = true, value_name = "FILTER", env = "VOLFS_LOG")]
     pub log: Option<String>,
-    /// Where to log instead of standard error [default with --background: STATE_DIR/volfs.log].
+    /// Where to log instead of standard error [default with --background: /var/log/volfs.log].
     #[arg(long, global = true, value_name = "FILE", env = "VOLFS_LOG_FILE")]
     pub log_file: Option<PathBuf>,
     /// Configuration file; must exist when it is named [default: /etc/volfs/config.toml].
@@ -156,47 +159,30 @@ pub struct Group {
     pub gid: u32,
 }
 
-/// How exports are named: a text in which `{uuid}` stands for the volume, `{job}` and `{disk}` for
-/// its names. It holds `{uuid}`, so that no two volumes can have one name, and every name it makes
-/// is a file name of at most 255 bytes.
+/// How exports are named: a text that holds `{uuid}` once, so that no two volumes can have one
+/// name, and makes a file name of printable ASCII.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExportName(String);
 
 impl ExportName {
     /// Checks the template; the error is a sentence.
     pub fn parse(template: &str) -> Result<Self, String> {
-        const LONGEST_JOB: usize = 191;
-        const LONGEST_DISK: usize = 64;
-        let bare = template.replace("{uuid}", "").replace("{job}", "").replace("{disk}", "");
-        if !template.contains("{uuid}") {
-            return Err(format!("export_name {template:?} must contain {{uuid}}: names would not be unique"));
+        const LONGEST: usize = 200;
+        let bad = |why: &str| Err(format!("export_name {template:?} {why}"));
+        let Some((before, after)) = template.split_once("{uuid}") else {
+            return bad("must hold {uuid}: names would not be unique");
+        };
+        let plain = |b: u8| b.is_ascii_graphic() && !matches!(b, b'/' | b'{' | b'}');
+        if !before.bytes().chain(after.bytes()).all(plain) {
+            return bad("may hold {uuid} once, and around it printable ASCII without blanks, slashes and braces");
         }
-        if bare.contains(['{', '}']) {
-            return Err(format!(
-                "export_name {template:?} may hold {{uuid}}, {{job}} and {{disk}} in braces, no other"
-            ));
+        if before.starts_with('.') {
+            return bad("must not start with a dot");
         }
-        if template.starts_with('.') || bare.contains('/') || bare.chars().any(char::is_control) {
-            return Err(format!(
-                "export_name {template:?} must make a file name: no `/`, no control characters, no leading dot"
-            ));
-        }
-        let longest = bare.len()
-            + 36 * template.matches("{uuid}").count()
-            + LONGEST_JOB * template.matches("{job}").count()
-            + LONGEST_DISK * template.matches("{disk}").count();
-        if longest > 255 {
-            return Err(format!(
-                "export_name {template:?} could make names of {longest} bytes, at most 255 are possible"
-            ));
+        if template.len() > LONGEST {
+            return bad("is longer than 200 bytes");
         }
         Ok(Self(template.to_owned()))
-    }
-
-    /// The name of one volume's export.
-    pub fn render(&self, volume: VolumeId, job: &JobId, disk: &DiskName) -> String {
-        // Job and disk names hold no braces, so the order of the replacements does not matter.
-        self.0.replace("{uuid}", &volume.to_string()).replace("{job}", job.as_str()).replace("{disk}", disk.as_str())
     }
 
     /// The template as written.
@@ -214,8 +200,8 @@ pub struct LoopConfig {
     pub trash_keep: Duration,
     /// Bytes that all volumes together may have; `None`: what the filesystem below holds.
     pub capacity: Option<u64>,
-    /// Most volumes attached here at once; `None`: the provider's own number.
-    pub most_disks: Option<u32>,
+    /// Most volumes attached here at once.
+    pub most_disks: u32,
 }
 
 /// One value in use and who said it, for `volfs check`.
@@ -328,7 +314,7 @@ impl Picker<'_> {
     }
 }
 
-fn path_text(path: &PathBuf) -> String {
+fn path_text(path: &Path) -> String {
     path.display().to_string()
 }
 
@@ -352,9 +338,12 @@ impl Config {
         };
         let mut p = Picker { file: read.as_deref(), said_by: &said_by, settings: BTreeMap::new() };
         let wanted =
-            p.pick("mountpoint", mountpoint.map(Path::to_owned), from.mountpoint, DEFAULT_MOUNTPOINT.into(), path_text);
+            p.pick("mountpoint", mountpoint.map(Path::to_owned), from.mountpoint, DEFAULT_MOUNTPOINT.into(), |p| {
+                path_text(p)
+            });
         let mountpoint = mountpoint_path(&wanted)?;
-        let state = p.pick("state_dir", options.state_dir.clone(), from.state_dir, DEFAULT_STATE_DIR.into(), path_text);
+        let state =
+            p.pick("state_dir", options.state_dir.clone(), from.state_dir, DEFAULT_STATE_DIR.into(), |p| path_text(p));
         let state_dir = absolute(&state)?;
         let provider = p.pick("provider", options.provider, from.provider, Provider::Loop, Provider::to_string);
         let group = p.pick("group", options.group.clone(), from.group, default_group()?, String::clone);
@@ -364,7 +353,7 @@ impl Config {
             return Err(Problem(format!("log filter {log:?} is not valid: {e}")));
         }
         let log_file = p.pick("log_file", options.log_file.clone().map(Some), from.log_file.map(Some), None, |f| {
-            f.as_ref().map_or_else(|| "standard error".into(), path_text)
+            f.as_deref().map_or_else(|| "standard error".into(), path_text)
         });
         let log_file = log_file.map(|f| absolute(&f)).transpose()?;
         let read_only = p.pick("read_only", options.read_only, from.read_only, false, bool::to_string);
@@ -384,14 +373,12 @@ impl Config {
         let size_check = p.pick("size_check", None, from.size_check, SizeCheck::Exact, SizeCheck::to_string);
         let history = p.pick("history", None, from.history.map(|n| n.0), 10_000, u64::to_string);
         let own = from.loop_provider;
-        let dir = p.pick("loop.dir", None, own.dir, state_dir.join("loop"), path_text);
+        let dir = p.pick("loop.dir", None, own.dir, state_dir.join("loop"), |p| path_text(p));
         let trash = p.pick("loop.trash_keep", None, own.trash_keep.map(|n| n.0), 7 * 86_400, |n| format!("{n} s"));
         let capacity = p.pick("loop.capacity", None, own.capacity.map(|n| Some(n.0)), None, |n| {
             n.map_or_else(|| "what the filesystem has".into(), |n| format!("{n} bytes"))
         });
-        let most_disks = p.pick("loop.most_disks", None, own.most_disks.map(|n| Some(n.0)), None, |n| {
-            n.map_or_else(|| "the provider's".into(), |n| n.to_string())
-        });
+        let most_disks = p.pick("loop.most_disks", None, own.most_disks.map(|n| n.0), 256, u64::to_string);
         let settings = p.settings.into_values().collect();
         let config = Config {
             mountpoint,
@@ -410,7 +397,7 @@ impl Config {
                 dir: absolute(&dir)?,
                 trash_keep: Duration::from_secs(trash),
                 capacity,
-                most_disks: most_disks.and_then(|n| u32::try_from(n).ok()),
+                most_disks: u32::try_from(most_disks).unwrap_or(u32::MAX),
             },
             file: read,
             settings,
