@@ -198,7 +198,9 @@ pub fn unmount(config: &Config) -> Result<(), Problem> {
     for (pid, fd) in daemons {
         // A daemon sees that its mount is gone; one that somebody's working directory below it
         // keeps alive is asked.
-        if gone(&fd, Duration::from_secs(2))? {
+        let process = Path::new("/proc").join(pid.to_string());
+        // A process just forked has its parent's descriptors until its exec: it is no daemon.
+        if gone(&fd, Duration::from_secs(2))? || !holds(&process, top.minor) {
             continue;
         }
         match pidfd_send_signal(&fd, Signal::TERM) {
@@ -308,5 +310,66 @@ mod tests {
         child.kill().unwrap();
         assert!(gone(&fd, Duration::from_secs(10)).unwrap());
         child.wait().unwrap();
+    }
+
+    /// Detaches whatever a failed test left mounted there.
+    struct Mounting(tempfile::TempDir);
+
+    impl Mounting {
+        fn config(&self) -> Config {
+            let args = ["volfs", "unmount", "--config", "/dev/null"].map(Into::into);
+            let at = self.0.path().canonicalize().unwrap();
+            crate::config::Cli::from_args(args.into_iter().chain([at.into_os_string()])).unwrap().1
+        }
+
+        /// Mounts as the daemon does, but nobody answers; the descriptor keeps it alive.
+        fn volfs(&self) -> File {
+            use std::os::fd::AsRawFd;
+            let fuse = OpenOptions::new().read(true).write(true).open("/dev/fuse").unwrap();
+            let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", fuse.as_raw_fd());
+            let data = std::ffi::CString::new(data).unwrap();
+            rustix::mount::mount("volfs", self.0.path(), FS_TYPE, rustix::mount::MountFlags::empty(), data.as_c_str())
+                .unwrap();
+            fuse
+        }
+    }
+
+    impl Drop for Mounting {
+        fn drop(&mut self) {
+            while umount2(self.0.path(), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).is_ok() {}
+        }
+    }
+
+    #[test]
+    fn a_dead_mount_of_ours_is_taken_away() {
+        let place = Mounting(tempfile::tempdir().unwrap());
+        drop(place.volfs());
+        assert!(std::fs::metadata(place.0.path()).is_err(), "it is dead");
+        unmount(&place.config()).unwrap();
+        assert!(std::fs::metadata(place.0.path()).is_ok());
+        assert!(unmount(&place.config()).unwrap_err().to_string().contains("nothing is mounted"));
+    }
+
+    #[test]
+    fn the_daemon_behind_a_mount_is_found_by_its_connection() {
+        let place = Mounting(tempfile::tempdir().unwrap());
+        let fuse = place.volfs();
+        let at = place.config().mountpoint;
+        let minor = mounts().unwrap().into_iter().rfind(|m| m.at == at).unwrap().minor;
+        let pids: Vec<i32> = daemons(minor).unwrap().into_iter().map(|(pid, _)| pid).collect();
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert!(pids.contains(&own), "{pids:?}");
+        drop(fuse);
+        assert!(daemons(minor).unwrap().iter().all(|(pid, _)| *pid != own));
+    }
+
+    #[test]
+    fn a_foreign_mount_is_left_alone() {
+        let place = Mounting(tempfile::tempdir().unwrap());
+        let none: Option<&std::ffi::CStr> = None;
+        rustix::mount::mount("x", place.0.path(), "tmpfs", rustix::mount::MountFlags::empty(), none).unwrap();
+        let words = unmount(&place.config()).unwrap_err().to_string();
+        assert!(words.contains("tmpfs") && words.contains("left alone"), "{words}");
+        assert!(mounts().unwrap().iter().any(|m| m.at == place.config().mountpoint));
     }
 }
