@@ -1,12 +1,17 @@
 //! volfs: one daemon is the single source of truth for every volume, and its interface is a
 //! mounted filesystem.
 
+pub mod check;
 pub mod cloud;
 pub mod command;
+pub mod config;
+pub mod daemon;
+pub mod demo;
 pub mod devices;
 pub mod engine;
 pub mod error;
 pub mod failpoint;
 pub mod model;
+pub mod start;
 pub mod store;
 pub mod sys;

@@ -1,3 +1,24 @@
-//! The volfs program.
+//! The volfs program: parse, pick, exit code.
 
-fn main() {}
+use std::process::ExitCode;
+
+use volfs::config::{Cli, Subcommand};
+use volfs::{check, demo, start};
+
+fn main() -> ExitCode {
+    let (cli, config) = Cli::from_process();
+    let outcome = match cli.command {
+        Subcommand::Mount { background: true, background_child: false, .. } => start::background(&config),
+        Subcommand::Mount { background_child, .. } => start::mount(&config, background_child),
+        Subcommand::Unmount { .. } => start::unmount(&config),
+        Subcommand::Demo => demo::run(),
+        Subcommand::Check { .. } => check::run(&config),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            eprintln!("volfs: {problem}");
+            ExitCode::FAILURE
+        }
+    }
+}

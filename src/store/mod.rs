@@ -243,3 +243,13 @@ pub trait Store: Send + Sync {
     /// Reads everything; called once, before the first commit. Blocking.
     fn load(&self, history: usize) -> Result<Loaded, StoreError>;
 }
+
+/// The version of the SQLite that is built in; the error says why it is too old: before 3.51.3 a
+/// committed transaction could be lost in WAL mode.
+pub fn sqlite_version() -> Result<&'static str, String> {
+    const OLDEST: i32 = 3_051_003;
+    match rusqlite::version_number() {
+        new if new >= OLDEST => Ok(rusqlite::version()),
+        _ => Err(format!("{} can lose a committed transaction; at least 3.51.3 is needed", rusqlite::version())),
+    }
+}
