@@ -2,6 +2,20 @@
 //!
 //! Everything here but [`Pin::alive`] may block and is called from worker threads only.
 
+mod holders;
+mod identity;
+mod kernel;
+mod pin;
+mod scan;
+mod sysfs;
+mod uevent;
+mod walk;
+
+#[cfg(test)]
+mod tests;
+
+pub use kernel::{KernelDevices, Options};
+
 use std::sync::Arc;
 
 use crate::model::{BootId, DevNo, Disk, Holder};
@@ -41,10 +55,16 @@ pub enum DevicesError {
     },
 }
 
+/// The name in a [`DeviceChange`] that stands for all devices: events were lost, look at each.
+pub const EVERYTHING: &str = "*";
+
+/// How the loop provider's tags begin ([`crate::model::DiskIdentity::loop_tag`]).
+const OUR_TAG: &str = "volfs:";
+
 /// A block device appeared, changed or went (from a uevent).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceChange {
-    /// Kernel name, e.g. `loop3`.
+    /// Kernel name, e.g. `loop3`, or [`EVERYTHING`].
     pub name: Arc<str>,
     /// `add`, `change`, `remove`.
     pub action: Arc<str>,

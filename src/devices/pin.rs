@@ -1,0 +1,199 @@
+//! Our own descriptors on a disk: the pin of an attached one (D4), the hold of a detach (C4).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::RwLock;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use super::scan::{OpenError, Scanner, is_loop, loop_facts};
+use super::walk::Walker;
+use super::{DevicesError, Hold, Pin, holders, identity};
+use crate::model::{Disk, Holder, HolderKind};
+use crate::sys;
+
+/// How long passing openers (udev, blkid, another daemon that looks around) may take.
+const PASSING: Duration = Duration::from_secs(1);
+/// First wait between two looks; it doubles up to [`LONGEST_WAIT`].
+const FIRST_WAIT: Duration = Duration::from_millis(5);
+const LONGEST_WAIT: Duration = Duration::from_millis(100);
+
+fn gone(disk: &Disk) -> DevicesError {
+    DevicesError::Gone { device: disk.name.to_string() }
+}
+
+fn failed(what: &str, disk: &Disk, error: impl std::fmt::Display) -> DevicesError {
+    DevicesError::Failed { what: format!("{what} {}", disk.name), words: error.to_string() }
+}
+
+/// See [`Pin`].
+#[derive(Debug)]
+pub(super) struct KernelPin {
+    scanner: Arc<Scanner>,
+    disk: Disk,
+    open: RwLock<Option<Open>>,
+}
+
+#[derive(Debug)]
+struct Open {
+    node: File,
+    /// An attribute of the disk in sysfs: ENODEV once the disk is gone (kernel fact 23).
+    attribute: File,
+    /// What it must say; `None` where the kernel has no sequence numbers and only its presence tells.
+    seq: Option<u64>,
+}
+
+impl Open {
+    fn alive(&self) -> bool {
+        let mut text = [0u8; 32];
+        match rustix::io::pread(&self.attribute, &mut text, 0) {
+            Ok(0) | Err(_) => false,
+            Ok(n) => self.seq.is_none_or(|seq| {
+                let now = std::str::from_utf8(&text[..n]).ok().and_then(|t| t.trim_ascii().parse().ok());
+                now == Some(seq)
+            }),
+        }
+    }
+}
+
+impl KernelPin {
+    pub(super) fn new(scanner: Arc<Scanner>, disk: &Disk) -> Result<Self, DevicesError> {
+        let node = scanner.open(disk, OFlags::RDONLY).map_err(|e| match e {
+            OpenError::Gone => gone(disk),
+            OpenError::Failed(e) => failed("open", disk, e),
+        })?;
+        let dir = scanner.sysfs.disk_dir(&disk.name);
+        let has_seq = scanner.sysfs.diskseq(&disk.name).map_err(|_| gone(disk))?.is_some();
+        let attribute = File::open(dir.join(if has_seq { "diskseq" } else { "dev" })).map_err(|_| gone(disk))?;
+        let open = Open { node, attribute, seq: has_seq.then_some(disk.incarnation.diskseq) };
+        // The attribute was opened by name, after the node: it must be the same disk's.
+        if !open.alive() {
+            return Err(gone(disk));
+        }
+        Ok(KernelPin { scanner, disk: disk.clone(), open: RwLock::new(Some(open)) })
+    }
+
+    /// Asks the open pin; `None` if it is released, gone or another disk.
+    fn through<T>(&self, ask: impl FnOnce(&Open) -> io::Result<Option<T>>) -> io::Result<Option<T>> {
+        match self.open.read().as_ref().filter(|o| o.alive()) {
+            Some(open) => ask(open),
+            None => Ok(None),
+        }
+    }
+
+    fn read(&self) -> io::Result<Option<Disk>> {
+        // A serial is read without the lock: it may hang with its device, alive() and release() must not.
+        let identity = if is_loop(&self.disk.name) {
+            self.through(|open| Ok(loop_facts(&open.node)?.map(|f| f.identity)))?
+        } else {
+            self.through(|_| Ok(Some(())))?;
+            Some(identity::read(&self.scanner.sysfs.disk_dir(&self.disk.name))?)
+        };
+        let Some(identity) = identity else { return Ok(None) };
+        // Last, so that what was read was read of this incarnation.
+        self.through(|open| {
+            let size = sys::disk_size(open.node.as_fd())?;
+            Ok(open.alive().then(|| Disk { size, identity, ..self.disk.clone() }))
+        })
+    }
+}
+
+impl Pin for KernelPin {
+    fn alive(&self) -> bool {
+        self.open.read().as_ref().is_some_and(Open::alive)
+    }
+
+    fn look(&self) -> Result<Disk, DevicesError> {
+        match self.read() {
+            Ok(Some(disk)) => Ok(disk),
+            Ok(None) => Err(gone(&self.disk)),
+            Err(_) if !self.alive() => Err(gone(&self.disk)),
+            Err(e) => Err(failed("look at", &self.disk, e)),
+        }
+    }
+
+    fn release(&self) {
+        drop(self.open.write().take());
+    }
+}
+
+/// See [`Hold`].
+#[derive(Debug)]
+pub(super) struct KernelHold {
+    _node: File,
+}
+
+impl Hold for KernelHold {}
+
+/// Waits between looks, until its time is over.
+struct Patience {
+    until: Instant,
+    wait: Duration,
+}
+
+impl Patience {
+    fn new() -> Self {
+        Patience { until: Instant::now() + PASSING, wait: FIRST_WAIT }
+    }
+
+    /// False when there is no more time.
+    fn wait(&mut self) -> bool {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        std::thread::sleep(self.wait.min(left));
+        self.wait = (self.wait * 2).min(LONGEST_WAIT);
+        true
+    }
+}
+
+/// Holds the disk exclusively, flushes it, and looks for users last (contract, C4).
+pub(super) fn hold(scanner: &Scanner, walker: &Walker, disk: &Disk) -> Result<KernelHold, DevicesError> {
+    let mut patience = Patience::new();
+    let users = || holders::of(&*walker.walk()?, &scanner.sysfs, disk.dev);
+    let in_use = |holders| DevicesError::InUse { device: disk.name.to_string(), holders };
+    let passing = |rows: &[Holder]| rows.iter().all(|h| h.kind == HolderKind::Open);
+    let node = loop {
+        match open_exclusively(scanner, disk) {
+            Ok(node) => break node,
+            Err(OpenError::Gone) => return Err(gone(disk)),
+            Err(OpenError::Failed(e)) if e.raw_os_error() == Some(libc::EBUSY) => {
+                let mut rows = users()?;
+                if passing(&rows) && patience.wait() {
+                    continue;
+                }
+                if rows.is_empty() {
+                    rows.push(Holder { kind: HolderKind::Unnamed, pid: None, name: String::new() });
+                }
+                return Err(in_use(rows));
+            }
+            Err(OpenError::Failed(e)) => return Err(failed("open", disk, e)),
+        }
+    };
+    let flushed = if crate::failpoint::hit("devices.flush") { Err(Errno::IO) } else { rustix::fs::fsync(&node) };
+    flushed.map_err(|e| DevicesError::Flush { device: disk.name.to_string(), words: e.to_string() })?;
+    loop {
+        let rows = users()?;
+        if rows.is_empty() {
+            return Ok(KernelHold { _node: node });
+        }
+        if !passing(&rows) || !patience.wait() {
+            return Err(in_use(rows));
+        }
+    }
+}
+
+/// For writing, so that a later flush is allowed to write; a read-only disk for reading.
+fn open_exclusively(scanner: &Scanner, disk: &Disk) -> Result<File, OpenError> {
+    match scanner.open(disk, OFlags::RDWR | OFlags::EXCL) {
+        Err(OpenError::Failed(e)) if matches!(e.raw_os_error(), Some(libc::EROFS | libc::EACCES | libc::EPERM)) => {
+            scanner.open(disk, OFlags::RDONLY | OFlags::EXCL)
+        }
+        other => other,
+    }
+}
