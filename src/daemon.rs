@@ -1,21 +1,156 @@
-//! Composition root: builds store, cloud, devices, engine, fs; signals; order of start and stop.
+//! Composition root: builds store, cloud, devices, engine and fs; signals; order of start and stop.
+//!
+//! Start: the state directory's lock first, then the kernel, the provider, the engine, the mount.
+//! Stop: no new commands, parked callers answered, the mount away, then the rest. What runs in the
+//! provider goes on or is settled at the next start; the journal knows it.
 
-use crate::config::{Config, Problem};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cloud::loopdev::{LoopCloud, LoopOptions};
+use crate::config::{Config, Problem, SizeCheck};
+use crate::devices::{self, Devices, KernelDevices};
+use crate::engine::{self, Engine};
+use crate::fs::{self, Serving};
+use crate::model::{BootId, Timestamp, VmId};
+use crate::store::{KEEP_OPERATIONS, SqliteStore, Store};
+
+/// How long a start waits for the first look at the cloud before the tree is served without it.
+const FIRST_LOOK: Duration = Duration::from_secs(1);
+/// Between two looks before a volume's absence is believed (row V6 of the contract).
+const ABSENCE_GAP: Duration = Duration::from_secs(10);
+/// Events kept for slow readers of `events/`.
+const EVENTS_KEPT: usize = 4096;
+/// How long a stop waits for what still runs on worker threads.
+const WORKERS_END: Duration = Duration::from_secs(1);
 
 /// A running daemon.
-pub struct Daemon {}
+pub struct Daemon {
+    engine: Arc<Engine>,
+    serving: Serving,
+    runtime: tokio::runtime::Runtime,
+}
 
 impl Daemon {
     /// Starts everything; when this returns, the tree answers.
-    pub fn start(_config: &Config) -> Result<Self, Problem> {
-        Err(Problem("this build has no daemon yet".into()))
+    pub fn start(config: &Config) -> Result<Self, Problem> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("volfs")
+            .enable_all()
+            .build()
+            .map_err(|e| Problem::with("cannot start worker threads", e))?;
+        let _inside = runtime.enter();
+        let store: Arc<dyn Store> = if config.read_only {
+            Arc::new(SqliteStore::open_read_only(&config.state_dir).map_err(|e| Problem(e.to_string()))?)
+        } else {
+            Arc::new(
+                SqliteStore::open_keeping(&config.state_dir, config.history.max(KEEP_OPERATIONS))
+                    .map_err(|e| Problem(e.to_string()))?,
+            )
+        };
+        let own_state = vec![config.state_dir.clone(), config.loop_provider.dir.clone()];
+        let devices = KernelDevices::start(devices::Options { own_state, ..devices::Options::default() })
+            .map_err(|e| Problem::with("cannot watch block devices", e))?;
+        let boot = devices.boot();
+        let cloud = LoopCloud::open(LoopOptions {
+            dir: config.loop_provider.dir.clone(),
+            trash_keep: config.loop_provider.trash_keep,
+            protect: config.protect.clone(),
+            most_disks: config.loop_provider.most_disks,
+            capacity: config.loop_provider.capacity,
+            boot,
+            host: host_id(boot)?,
+            read_only: config.read_only,
+        })
+        .map_err(|e| Problem::with("the loop provider", e))?;
+        same_provider(config, &cloud.instance().to_string())?;
+        let options = engine::Options {
+            interval: config.reconcile_interval,
+            absence_gap: ABSENCE_GAP,
+            exact_size: config.size_check == SizeCheck::Exact,
+            read_only: config.read_only.then(|| "it was started with --read-only".to_owned()),
+            history: config.history,
+            events: EVENTS_KEPT,
+            clock: Arc::new(|| Timestamp::from(SystemTime::now())),
+        };
+        let engine = Engine::start(store, cloud, devices, options, runtime.handle().clone())
+            .map_err(|e| Problem::with("the record", e))?;
+        // Serving without the first look is right, too: what was not seen is `unknown` until then.
+        let _ = runtime.block_on(async { tokio::time::timeout(FIRST_LOOK, engine.first_round()).await });
+        let serving = fs::serve(
+            engine.clone(),
+            fs::Options {
+                mountpoint: config.mountpoint.clone(),
+                gid: config.group.gid,
+                export_template: config.export_name.template().to_owned(),
+            },
+        )
+        .map_err(|e| Problem(e.to_string()))?;
+        tracing::info!(at = %config.mountpoint.display(), state = %config.state_dir.display(), "the tree answers");
+        Ok(Daemon { engine, serving, runtime })
     }
 
     /// Serves until SIGTERM, SIGINT, or until the mount is gone.
     pub fn run_until_signal(self) -> Result<(), Problem> {
+        let mut ended = self.serving.ended();
+        let why = self.runtime.block_on(async {
+            let mut terminate = signal(SignalKind::terminate()).map_err(|e| Problem::with("cannot hear SIGTERM", e))?;
+            let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| Problem::with("cannot hear SIGINT", e))?;
+            Ok::<_, Problem>(tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+                _ = ended.wait_for(Option::is_some) => "the mount is gone",
+            })
+        })?;
+        tracing::info!("stopping: {why}");
+        self.stop();
         Ok(())
     }
 
     /// Ends it: parked callers are answered, the mount is taken away.
-    pub fn stop(self) {}
+    pub fn stop(self) {
+        let Daemon { engine, serving, runtime } = self;
+        engine.shut_down();
+        serving.stop();
+        drop(engine);
+        runtime.shutdown_timeout(WORKERS_END);
+    }
+}
+
+/// A record belongs to one store of volumes: another one, or an empty one below a mount point whose
+/// mount is missing, would make every volume look gone.
+fn same_provider(config: &Config, instance: &str) -> Result<(), Problem> {
+    let path = config.state_dir.join("provider");
+    match std::fs::read_to_string(&path) {
+        Ok(known) if known.trim_end() == instance => Ok(()),
+        Ok(known) => Err(Problem(format!(
+            "{} is another loop store ({instance}) than the one this record was made with ({}): \
+             is its filesystem not mounted? ({} remembers)",
+            config.loop_provider.dir.display(),
+            known.trim_end(),
+            path.display()
+        ))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !config.read_only => {
+            std::fs::write(&path, format!("{instance}\n"))
+                .map_err(|e| Problem::with(format_args!("cannot write {}", path.display()), e))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Problem::with(path.display(), error)),
+    }
+}
+
+/// This host as a VM: the machine-id. Without one, this boot: the loop provider's attachments end
+/// with the boot anyway.
+fn host_id(boot: BootId) -> Result<VmId, Problem> {
+    match std::fs::read_to_string("/etc/machine-id") {
+        Ok(text) if text.trim().is_empty() => Ok(VmId(boot.0)),
+        Ok(text) => uuid::Uuid::try_parse(text.trim())
+            .map(VmId)
+            .map_err(|e| Problem::with("/etc/machine-id is not 32 hexadecimal digits", e)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(VmId(boot.0)),
+        Err(error) => Err(Problem::with("/etc/machine-id", error)),
+    }
 }

@@ -11,6 +11,7 @@ pub mod devices;
 pub mod engine;
 pub mod error;
 pub mod failpoint;
+pub mod fs;
 pub mod model;
 pub mod start;
 pub mod store;

@@ -73,7 +73,7 @@ pub(super) fn state_directory(dir: &Path) -> Result<(), StoreError> {
     for entry in fs::read_dir(dir).map_err(|e| failed(dir, "listing", &e))? {
         let name = entry.map_err(|e| failed(dir, "listing", &e))?.file_name();
         let bytes = name.as_bytes();
-        if bytes.starts_with(b"volfs.db") || [b"lock".as_slice(), b"loop", b"trash"].contains(&bytes) {
+        if bytes.starts_with(b"volfs.db") || [b"lock".as_slice(), b"loop", b"trash", b"provider"].contains(&bytes) {
             return Ok(());
         }
         // A filesystem made for the state alone has this one.
