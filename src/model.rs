@@ -603,7 +603,7 @@ impl Verb {
     /// Deadline of a wait when the command names none (contract, Commands); `None`: until a signal.
     pub fn default_timeout(self) -> Option<Duration> {
         match self {
-            Verb::Snapshot | Verb::Revert | Verb::Destroy => None,
+            Verb::Snapshot | Verb::Revert | Verb::DeleteSnapshot | Verb::Destroy => None,
             Verb::Resize | Verb::Delete => Some(Duration::from_secs(3600)),
             _ => Some(Duration::from_secs(300)),
         }

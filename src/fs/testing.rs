@@ -124,6 +124,8 @@ pub fn add_volume(world: &mut World, row: i64, job: i64, name: &str, uuid: Volum
         disk: disk(name),
         epoch: 3,
         base: Status::Detached,
+        recorded: Status::Detached,
+        recorded: Status::Detached,
         running: None,
         mapping: None,
         vm: None,

@@ -1,6 +1,9 @@
 //! A volfs of its own for each test: state, mount point and process in one temporary place, and
 //! gone with the test, also when it fails.
 
+// Each module of tests uses the part it needs.
+#![allow(dead_code)]
+
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;

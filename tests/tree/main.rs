@@ -1,3 +1,20 @@
 //! The tree through a real mount, as a user would: real shells, real loop devices.
 
 mod common;
+
+use common::Volfs;
+
+#[test]
+fn a_disk_is_created_attached_written_detached_and_read_back() {
+    let volfs = Volfs::start();
+    volfs.job("a", &["d"], "8M");
+    volfs.ok("echo attach > $R/jobs/a/control && echo hello | dd of=$R/jobs/a/disks/d/block conv=fsync status=none");
+    assert!(volfs.value("jobs/a/disks/d/device").starts_with("/dev/loop"));
+    volfs.ok("echo detach > $R/jobs/a/control");
+    assert_eq!(volfs.read("jobs/a/disks/d/device"), Err(libc::ENODEV));
+    assert!(volfs.loops().is_empty());
+    volfs.ok("echo attach > $R/jobs/a/control");
+    assert_eq!(volfs.ok("head -c 5 $R/jobs/a/disks/d/block"), "hello");
+    volfs.ok("echo 'destroy a' > $R/jobs/a/control");
+    assert_eq!(volfs.ok("ls $R/jobs"), "");
+}
