@@ -1,7 +1,7 @@
 //! `volfs demo`: the main job for real, in a temporary place, by shell commands alone.
 //!
 //! A daemon is started as anybody would start it; everything after that goes through the tree.
-//! [`Place`] takes away whatever is left when it is dropped, on a failure and after Ctrl-C too.
+//! `Place` takes away whatever is left when it is dropped, on a failure and after Ctrl-C too.
 
 use std::io::Write;
 use std::process::Command;

@@ -13,7 +13,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use crate::config::Problem;
 use crate::{start, sys};
 
-/// A directory of ours with a daemon in it. [`Place::clear`], or dropping it, leaves nothing.
+/// A directory of ours with a daemon in it. `Place::clear`, or dropping it, leaves nothing.
 pub struct Place {
     dir: PathBuf,
     daemon: Option<Child>,
