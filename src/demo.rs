@@ -1,7 +1,7 @@
 //! `volfs demo`: the main job for real, in a temporary place, by shell commands alone.
 //!
 //! A daemon is started as anybody would start it; everything after that goes through the tree.
-//! [`Place`] takes away whatever is left when it is dropped, on a failure and after Ctrl-C too.
+//! `Place` takes away whatever is left when it is dropped, on a failure and after Ctrl-C too.
 
 use std::io::Write;
 use std::process::Command;
@@ -55,6 +55,17 @@ fn whole(stop: &AtomicBool) -> Result<(), Problem> {
     say(&format!("\nAll as it should be, and nothing is left: {:.1} s.", began.elapsed().as_secs_f64()))
 }
 
+/// This program, without the caller's configuration in its environment.
+fn volfs() -> Result<Command, Problem> {
+    let mut command = Command::new(start::own_program()?);
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(|n| n.starts_with("VOLFS_") && n != "VOLFS_FAILPOINTS") {
+            command.env_remove(name);
+        }
+    }
+    Ok(command)
+}
+
 fn say(text: &str) -> Result<(), Problem> {
     writeln!(std::io::stdout(), "{text}").map_err(|e| Problem::with("standard output", e))
 }
@@ -66,13 +77,7 @@ fn scene(place: &mut Place, stop: &AtomicBool) -> Result<(), Problem> {
     std::fs::write(&config, "").map_err(|e| Problem::with(config.display(), e))?;
     let log_file = std::fs::File::create(&log).map_err(|e| Problem::with(log.display(), e))?;
     say(&format!("$ volfs mount --background {} --state-dir {}", tree.display(), state.display()))?;
-    let mut command = Command::new(start::own_program()?);
-    for (name, _) in std::env::vars_os() {
-        let own = name.to_str().is_some_and(|n| n.starts_with("VOLFS_") && n != "VOLFS_FAILPOINTS");
-        if own {
-            command.env_remove(name);
-        }
-    }
+    let mut command = volfs()?;
     command.arg("mount").arg(&tree).arg("--state-dir").arg(&state).arg("--config").arg(&config).stderr(log_file);
     place.daemon(start::spawn(command)?);
     say(&format!("$ cd {}", tree.display()))?;

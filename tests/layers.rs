@@ -4,6 +4,9 @@
 //! name outside `#[cfg(test)]` items, comments and string literals. So a path written out in the
 //! middle of a function counts as much as a `use` line.
 
+// A helper of tests that cannot go on is a failed test.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 

@@ -93,7 +93,7 @@ fn a_size_is_bytes_or_powers_of_1024() {
     for bad in ["", "0", "0G", "K", "4k", "4GB", "4 G", "-1", "+1", "1.5G", "0x10", "9223372036854775808", "8388608T"] {
         assert!(size(bad).is_err(), "{bad}");
     }
-    assert!(size("16777216T").is_err(), "2^64 wraps to 0 without a check");
+    assert!(size("16777217T").is_err(), "2^64 + 2^40 wraps to 1T without a check");
     assert!(sentence("create d 4k", Place::Job).contains("K, M, G or T"));
 }
 

@@ -4,7 +4,7 @@ use std::fs::DirBuilder;
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use rustix::mount::{UnmountFlags, unmount};
@@ -13,7 +13,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use crate::config::Problem;
 use crate::{start, sys};
 
-/// A directory of ours with a daemon in it. [`Place::clear`], or dropping it, leaves nothing.
+/// A directory of ours with a daemon in it. `Place::clear`, or dropping it, leaves nothing.
 pub struct Place {
     dir: PathBuf,
     daemon: Option<Child>,
@@ -46,7 +46,7 @@ impl Place {
     /// Ends the daemon as a user would, and requires that it ends well.
     pub fn end_daemon(&mut self) -> Result<(), Problem> {
         let Some(mut child) = self.daemon.take() else { return Ok(()) };
-        let run = Command::new(start::own_program()?)
+        let run = super::volfs()?
             .arg("unmount")
             .arg(self.tree())
             .arg("--config")
@@ -163,6 +163,8 @@ fn backing(name: &str) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     fn sh(command: &str) -> String {
