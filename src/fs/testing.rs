@@ -125,7 +125,6 @@ pub fn add_volume(world: &mut World, row: i64, job: i64, name: &str, uuid: Volum
         epoch: 3,
         base: Status::Detached,
         recorded: Status::Detached,
-        recorded: Status::Detached,
         running: None,
         mapping: None,
         vm: None,
