@@ -7,6 +7,7 @@ pub mod devices;
 pub mod engine;
 pub mod error;
 pub mod failpoint;
+pub mod fs;
 pub mod model;
 pub mod store;
 pub mod sys;

@@ -1,0 +1,72 @@
+//! What the filesystem asks of the engine, as a trait: the tests mount the tree over a fake.
+
+use std::sync::Arc;
+
+use crate::command::{Action, Command};
+use crate::engine::{DeviceNow, Engine, Events, Left, Submitted, Target, Ticket, World};
+use crate::error::{Errno, Error};
+use crate::model::{Caller, DiskRow, Holder, JobId, JobRow, MapRow, OpId};
+
+/// The engine's methods that the tree is served from; see [`Engine`] for their meaning. None blocks.
+#[allow(missing_docs)]
+pub trait Core: Send + Sync + 'static {
+    fn world(&self) -> Arc<World>;
+    fn events(&self) -> &Events;
+    fn on_publish(&self, f: Arc<dyn Fn(&Arc<World>) + Send + Sync>);
+    fn submit(&self, target: Target, command: Command, caller: Caller) -> Submitted;
+    fn would(&self, world: &World, target: Target, action: &Action) -> Result<(), Error>;
+    fn note_failure(&self, target: Target, verb: &str, caller: &Caller, error: &Error);
+    fn caller_left(&self, target: Target, command: &Command, op: Option<OpId>, caller: &Caller, left: Left) -> Errno;
+    fn make_job(&self, id: JobId, caller: Caller) -> Ticket<JobRow>;
+    fn forget_job(&self, job: JobRow, caller: Caller) -> Ticket;
+    fn set_vm_name(&self, job: JobRow, value: String, caller: Caller) -> Ticket;
+    fn set_hold(&self, job: JobRow, value: bool, caller: Caller) -> Ticket;
+    fn device(&self, volume: DiskRow) -> Result<DeviceNow, Error>;
+    fn mapped(&self, mapping: MapRow) -> Result<DeviceNow, Error>;
+    fn holders(&self, volume: DiskRow) -> Ticket<Arc<Vec<Holder>>>;
+}
+
+impl Core for Engine {
+    fn world(&self) -> Arc<World> {
+        Engine::world(self)
+    }
+    fn events(&self) -> &Events {
+        Engine::events(self)
+    }
+    fn on_publish(&self, f: Arc<dyn Fn(&Arc<World>) + Send + Sync>) {
+        Engine::on_publish(self, f);
+    }
+    fn submit(&self, target: Target, command: Command, caller: Caller) -> Submitted {
+        Engine::submit(self, target, command, caller)
+    }
+    fn would(&self, world: &World, target: Target, action: &Action) -> Result<(), Error> {
+        Engine::would(self, world, target, action)
+    }
+    fn note_failure(&self, target: Target, verb: &str, caller: &Caller, error: &Error) {
+        Engine::note_failure(self, target, verb, caller, error);
+    }
+    fn caller_left(&self, target: Target, command: &Command, op: Option<OpId>, caller: &Caller, left: Left) -> Errno {
+        Engine::caller_left(self, target, command, op, caller, left)
+    }
+    fn make_job(&self, id: JobId, caller: Caller) -> Ticket<JobRow> {
+        Engine::make_job(self, id, caller)
+    }
+    fn forget_job(&self, job: JobRow, caller: Caller) -> Ticket {
+        Engine::forget_job(self, job, caller)
+    }
+    fn set_vm_name(&self, job: JobRow, value: String, caller: Caller) -> Ticket {
+        Engine::set_vm_name(self, job, value, caller)
+    }
+    fn set_hold(&self, job: JobRow, value: bool, caller: Caller) -> Ticket {
+        Engine::set_hold(self, job, value, caller)
+    }
+    fn device(&self, volume: DiskRow) -> Result<DeviceNow, Error> {
+        Engine::device(self, volume)
+    }
+    fn mapped(&self, mapping: MapRow) -> Result<DeviceNow, Error> {
+        Engine::mapped(self, mapping)
+    }
+    fn holders(&self, volume: DiskRow) -> Ticket<Arc<Vec<Holder>>> {
+        Engine::holders(self, volume)
+    }
+}

@@ -1,0 +1,376 @@
+//! Mounting, and the end of it. The mount(2) is our own (kernel fact 10): the type shows as
+//! `fuse.volfs`, the unmount is lazy and never hits another filesystem, and after the mount the
+//! daemon never touches the tree itself.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use fuser::{Config, Session, SessionACL};
+use rustix::mount::{MountFlags, UnmountFlags};
+use tokio::sync::watch;
+
+use super::core::Core;
+use super::inner::Inner;
+use super::tree::ExportNames;
+use super::waiters::Waiters;
+use super::{Fs, notify};
+
+/// Where the tree is mounted if nothing else is said; made if it is missing.
+pub const DEFAULT_MOUNTPOINT: &str = "/run/volfs";
+
+const FS_TYPE: &str = "fuse.volfs";
+/// How long a stop waits for the session to end, which it does when its last user leaves.
+const JOIN_MOST: Duration = Duration::from_secs(2);
+/// How long whatever is mounted there may take to answer a stat.
+const LOOK_MOST: Duration = Duration::from_secs(2);
+/// The most dead mounts on top of one another that are cleared away.
+const DEAD_MOST: usize = 64;
+
+/// How to serve the tree.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// An absolute path to a directory.
+    pub mountpoint: PathBuf,
+    /// The group that may write to `control`, `vm_name`, `hold` and `block`.
+    pub gid: u32,
+    /// Names in `exports/`; must hold `{uuid}`.
+    pub export_template: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { mountpoint: DEFAULT_MOUNTPOINT.into(), gid: 0, export_template: "{uuid}".into() }
+    }
+}
+
+/// Why the tree could not be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The export template is no good.
+    #[error("{0}")]
+    Exports(String),
+    /// The mount point cannot be one.
+    #[error("mount point {path}: {why}")]
+    Mountpoint {
+        /// As given.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Another volfs serves it.
+    #[error("another volfs is mounted at {path} and alive: stop it, or choose another mount point")]
+    Alive {
+        /// The mount point.
+        path: PathBuf,
+    },
+    /// Something else is mounted there.
+    #[error("a filesystem of type {fstype} ({source_name}) is mounted at {path}: unmount it, or choose another mount point")]
+    Occupied {
+        /// The mount point.
+        path: PathBuf,
+        /// Its type.
+        fstype: String,
+        /// Its source.
+        source_name: String,
+    },
+    /// A system call failed.
+    #[error("{what}: {error}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// The system's answer.
+        error: io::Error,
+    },
+}
+
+fn system(what: impl Into<String>) -> impl FnOnce(io::Error) -> MountError {
+    let what = what.into();
+    move |error| MountError::System { what, error }
+}
+
+/// How the session ended, once it has; `None` while it runs.
+pub type Ended = watch::Receiver<Option<Arc<str>>>;
+
+/// A mounted tree. [`Serving::stop`] ends it; dropped without, it stays mounted until the process ends.
+pub struct Serving {
+    inner: Arc<Inner>,
+    mountpoint: PathBuf,
+    device: String,
+    ended: Ended,
+    thread: JoinHandle<()>,
+    finished: mpsc::Receiver<()>,
+    request_timeout: Option<Duration>,
+}
+
+/// Mounts the tree and serves it on a thread of its own.
+pub fn serve(core: Arc<dyn Core>, options: Options) -> Result<Serving, MountError> {
+    let exports = ExportNames::parse(&options.export_template).map_err(MountError::Exports)?;
+    let path = prepare(&options.mountpoint)?;
+    let request_timeout = request_timeout(Path::new("/proc/sys/fs/fuse"));
+    if let Some(t) = request_timeout {
+        tracing::warn!(
+            "fs.fuse.*_request_timeout is {} s: the kernel would abort the mount under a request that waits longer, \
+             so every wait ends before",
+            t.as_secs()
+        );
+    }
+    let longest = request_timeout.map(below);
+    let waiters = Waiters::start(core.clone(), longest).map_err(system("cannot start the waiters' thread"))?;
+    let inner = Arc::new(Inner::new(core, exports, options.gid, waiters));
+
+    let fuse = File::options().read(true).write(true).open("/dev/fuse").map_err(system("cannot open /dev/fuse"))?;
+    mount(&fuse, &path)?;
+    let session = device_of(&path).and_then(|device| {
+        let mut config = Config::default();
+        config.acl = SessionACL::All;
+        let fs = Fs { inner: inner.clone() };
+        let session = Session::from_fd(fs, OwnedFd::from(fuse), SessionACL::All, config);
+        Ok((device, session.map_err(system("the FUSE handshake failed"))?))
+    });
+    let (device, session) = match session {
+        Ok(session) => session,
+        Err(e) => {
+            detach(&path).map_err(system("cannot unmount what was just mounted"))?;
+            return Err(e);
+        }
+    };
+    let started = start(inner.clone(), session);
+    let (ended, thread, finished) = match started {
+        Ok(parts) => parts,
+        Err(e) => {
+            detach(&path).map_err(system("cannot unmount what was just mounted"))?;
+            return Err(system("cannot start a thread")(e));
+        }
+    };
+    tracing::info!("mounted at {} as device {device}", path.display());
+    Ok(Serving { inner, mountpoint: path, device, ended, thread, finished, request_timeout })
+}
+
+type Started = (Ended, JoinHandle<()>, mpsc::Receiver<()>);
+
+fn start(inner: Arc<Inner>, session: Session<Fs>) -> io::Result<Started> {
+    notify::start(&inner)?;
+    let (tell, ended) = watch::channel(None);
+    let (finish, finished) = mpsc::channel();
+    let thread = std::thread::Builder::new().name("volfs-session".into()).spawn(move || {
+        let how: Arc<str> = match session.run() {
+            Ok(()) => "the filesystem was unmounted, or its connection aborted".into(),
+            Err(e) => format!("the FUSE session failed: {e}").into(),
+        };
+        inner.waiters.shut_down();
+        inner.bell.end();
+        // Nobody listens any more when the daemon is stopping.
+        let _ = tell.send(Some(how));
+        let _ = finish.send(());
+    })?;
+    Ok((ended, thread, finished))
+}
+
+impl Serving {
+    /// Where it is mounted.
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// The mount's device number as mountinfo shows it, e.g. `0:52`; its minor number is the
+    /// connection's in `/sys/fs/fuse/connections`.
+    pub fn device(&self) -> &str {
+        &self.device
+    }
+
+    /// The administrator's limit on a request's age, if there is one.
+    pub fn request_timeout(&self) -> Option<Duration> {
+        self.request_timeout
+    }
+
+    /// How many requests wait now.
+    pub fn waiting(&self) -> usize {
+        self.inner.waiters.len()
+    }
+
+    /// Becomes `Some` when the session ends, by [`Serving::stop`] or behind our back (unmounted
+    /// from outside, aborted): then the daemon has nothing to serve any more.
+    pub fn ended(&self) -> Ended {
+        self.ended.clone()
+    }
+
+    /// Answers all that waits, unmounts lazily if the mount is still ours, and joins the session
+    /// for at most 2 s: a shell that stands in the tree keeps it longer, and is left behind.
+    pub fn stop(self) {
+        self.inner.waiters.shut_down();
+        match still_ours(&self.mountpoint, &self.device) {
+            Ok(true) => {
+                if let Err(e) = detach(&self.mountpoint) {
+                    tracing::error!("cannot unmount {}: {e}", self.mountpoint.display());
+                }
+            }
+            Ok(false) => tracing::warn!("{} is not our mount any more and is left alone", self.mountpoint.display()),
+            Err(e) => tracing::error!("cannot tell whether {} is still ours: {e}", self.mountpoint.display()),
+        }
+        let waited = Instant::now();
+        match self.finished.recv_timeout(JOIN_MOST) {
+            Ok(()) => {
+                if self.thread.join().is_err() {
+                    tracing::error!("the session's thread panicked");
+                }
+            }
+            Err(_) => {
+                tracing::warn!("the session has users after {:?} and is left to them", waited.elapsed());
+            }
+        }
+        self.inner.bell.end();
+    }
+}
+
+/// Looks at the mount point and clears dead predecessors away; answers its real path.
+fn prepare(given: &Path) -> Result<PathBuf, MountError> {
+    let bad = |why: String| MountError::Mountpoint { path: given.into(), why };
+    let (Some(parent), Some(name), true) = (given.parent(), given.file_name(), given.is_absolute()) else {
+        return Err(bad("must be an absolute path and not the root".into()));
+    };
+    // The parent's, because mountinfo shows real paths; the mount point itself may be dead.
+    let parent = parent.canonicalize().map_err(|e| bad(format!("{}: {e}", parent.display())))?;
+    let path = parent.join(name);
+    for _ in 0..DEAD_MOST {
+        let info = mountinfo().map_err(system("cannot read /proc/self/mountinfo"))?;
+        let Some(top) = mounted_at(&info, &path) else {
+            return directory(given, path);
+        };
+        let occupied =
+            || MountError::Occupied { path: path.clone(), fstype: top.fstype.clone(), source_name: top.source.clone() };
+        if top.fstype != FS_TYPE && top.fstype != "fuse" {
+            return Err(occupied());
+        }
+        match look(&path) {
+            Some(Err(e)) if e.raw_os_error() == Some(libc::ENOTCONN) => {
+                tracing::warn!("{} carries a dead {} mount ({}): detached", path.display(), top.fstype, top.source);
+                detach(&path).map_err(system(format!("cannot unmount the dead mount at {}", path.display())))?;
+            }
+            // Alive, or not answering: no matter of ours to end either.
+            _ if top.fstype == FS_TYPE => return Err(MountError::Alive { path }),
+            _ => return Err(occupied()),
+        }
+    }
+    Err(bad(format!("more than {DEAD_MOST} dead mounts on top of one another")))
+}
+
+fn directory(given: &Path, path: PathBuf) -> Result<PathBuf, MountError> {
+    let bad = |why: String| MountError::Mountpoint { path: given.into(), why };
+    match std::fs::symlink_metadata(&path) {
+        Ok(meta) if meta.is_dir() => Ok(path),
+        Ok(_) => Err(bad("is not a directory".into())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && given == Path::new(DEFAULT_MOUNTPOINT) => {
+            std::fs::create_dir(&path).map_err(|e| bad(format!("cannot be made: {e}")))?;
+            Ok(path)
+        }
+        Err(e) => Err(bad(e.to_string())),
+    }
+}
+
+/// Stats a mount of somebody else's, who may not answer: `None` after a bound. The thread stays
+/// with it until he does.
+fn look(path: &Path) -> Option<io::Result<()>> {
+    let (tell, told) = mpsc::channel();
+    let path = path.to_owned();
+    let looker = std::thread::Builder::new().name("volfs-look".into()).spawn(move || {
+        // Nobody listens after the bound.
+        let _ = tell.send(std::fs::symlink_metadata(path).map(|_| ()));
+    });
+    if let Err(e) = looker {
+        return Some(Err(e));
+    }
+    told.recv_timeout(LOOK_MOST).ok()
+}
+
+fn mount(fuse: &File, path: &Path) -> Result<(), MountError> {
+    let data = format!(
+        "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
+        fuse.as_raw_fd()
+    );
+    let data = std::ffi::CString::new(data).map_err(|e| system("the mount options")(e.into()))?;
+    // Devices are allowed: `block` and `exports/` are the very disks.
+    let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NOATIME;
+    rustix::mount::mount("volfs", path, FS_TYPE, flags, data.as_c_str())
+        .map_err(|e| system(format!("cannot mount at {}", path.display()))(e.into()))
+}
+
+fn detach(path: &Path) -> io::Result<()> {
+    Ok(rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)?)
+}
+
+/// One line of mountinfo, as far as it matters here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Mounted {
+    device: String,
+    at: PathBuf,
+    fstype: String,
+    source: String,
+}
+
+fn mountinfo() -> io::Result<String> {
+    std::fs::read("/proc/self/mountinfo").map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn parse_mount(line: &str) -> Option<Mounted> {
+    let (mount, fs) = line.split_once(" - ")?;
+    let mut mount = mount.split(' ');
+    let mut fs = fs.split(' ');
+    Some(Mounted {
+        device: mount.nth(2)?.to_owned(),
+        at: unescape(mount.nth(1)?).into(),
+        fstype: fs.next()?.to_owned(),
+        source: unescape(fs.next()?),
+    })
+}
+
+/// Blank, tab, newline and backslash stand as three octal digits there.
+fn unescape(text: &str) -> String {
+    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+        .iter()
+        .fold(text.to_owned(), |text, (escaped, plain)| text.replace(escaped, plain))
+}
+
+/// What is mounted exactly there; of several, the one that is seen: the last.
+fn mounted_at(info: &str, path: &Path) -> Option<Mounted> {
+    info.lines().filter_map(parse_mount).rfind(|m| m.at == path)
+}
+
+fn device_of(path: &Path) -> Result<String, MountError> {
+    let info = mountinfo().map_err(system("cannot read /proc/self/mountinfo"))?;
+    let ours = mounted_at(&info, path).filter(|m| m.fstype == FS_TYPE);
+    ours.map(|m| m.device).ok_or_else(|| MountError::Mountpoint {
+        path: path.into(),
+        why: "mountinfo does not show what was just mounted".into(),
+    })
+}
+
+fn still_ours(path: &Path, device: &str) -> io::Result<bool> {
+    Ok(mounted_at(&mountinfo()?, path).is_some_and(|m| m.device == device && m.fstype == FS_TYPE))
+}
+
+/// The age at which the kernel aborts the connection under a request (kernel fact 5), from the
+/// sysctls in `dir`.
+fn request_timeout(dir: &Path) -> Option<Duration> {
+    let read = |name: &str| -> Option<u64> {
+        let text = std::fs::read_to_string(dir.join(name)).ok()?;
+        text.trim().parse().ok().filter(|seconds| *seconds > 0)
+    };
+    let both = [read("default_request_timeout"), read("max_request_timeout")];
+    both.into_iter().flatten().min().map(Duration::from_secs)
+}
+
+/// The longest wait beneath that: a tenth and at least a second less, as the kernel looks at whole
+/// seconds.
+fn below(timeout: Duration) -> Duration {
+    let less = (timeout / 10).max(Duration::from_secs(1));
+    timeout.saturating_sub(less).max(timeout / 2)
+}
+
+#[cfg(test)]
+mod tests;
