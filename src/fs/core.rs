@@ -40,16 +40,13 @@ impl Core for Engine {
         Engine::submit(self, target, command, caller)
     }
     fn would(&self, world: &World, target: Target, action: &Action) -> Result<(), Error> {
-        {
-            let _ = world;
-            Engine::would(self, target, action)
-        }
+        Engine::would(self, world, target, action)
     }
     fn note_failure(&self, target: Target, verb: &str, caller: &Caller, error: &Error) {
         Engine::note_failure(self, target, verb, caller, error);
     }
     fn caller_left(&self, target: Target, command: &Command, op: Option<OpId>, caller: &Caller, left: Left) -> Errno {
-        Engine::caller_left(self, target, command.action.verb(), op, caller, left)
+        Engine::caller_left(self, target, command, op, caller, left)
     }
     fn make_job(&self, id: JobId, caller: Caller) -> Ticket<JobRow> {
         Engine::make_job(self, id, caller)

@@ -32,6 +32,7 @@ mod tree;
 mod waiters;
 
 #[cfg(test)]
+mod mounted_tests;
 #[cfg(test)]
 mod testing;
 

@@ -124,7 +124,6 @@ pub fn add_volume(world: &mut World, row: i64, job: i64, name: &str, uuid: Volum
         disk: disk(name),
         epoch: 3,
         base: Status::Detached,
-        recorded: Status::Detached,
         running: None,
         mapping: None,
         vm: None,
@@ -306,7 +305,13 @@ impl Fake {
     fn now(&self, volume: &Volume) -> Result<DeviceNow, Error> {
         let none = || Error::NoDevice { volume: volume.uuid, status: volume.status() };
         let m = volume.device().filter(|m| !self.gone.lock().contains(&m.row)).ok_or_else(none)?;
-        Ok(DeviceNow { name: m.name.clone(), dev: m.dev, incarnation: m.incarnation, mapping: m.row, size: m.size })
+        Ok(DeviceNow {
+            name: m.name.clone(),
+            dev: m.dev,
+            incarnation: m.incarnation,
+            mapping: m.row,
+            size: m.size,
+        })
     }
 }
 

@@ -126,7 +126,8 @@ pub struct Waiters {
 impl Waiters {
     /// Starts the watcher. `longest` bounds every wait (`fs.fuse.*_request_timeout`).
     pub fn start(core: Arc<dyn Core>, longest: Option<Duration>) -> std::io::Result<Self> {
-        let state = State { next: 1, slots: HashMap::new(), nodes: HashMap::new(), fresh: Vec::new(), closed: false };
+        let state =
+            State { next: 1, slots: HashMap::new(), nodes: HashMap::new(), fresh: Vec::new(), closed: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), core, longest });
         let watched = shared.clone();
         std::thread::Builder::new().name("volfs-waiters".into()).spawn(move || watch(&watched))?;
