@@ -186,7 +186,9 @@ impl Inner {
     pub fn open(self: &Arc<Self>, node: Node, flags: i32, pid: u32, reply: ReplyOpen) {
         let opened = self.open_now(node, flags);
         match opened {
-            Ok(Some(state)) => reply.opened(fuser::FileHandle(self.handles.add(node, state)), FopenFlags::FOPEN_DIRECT_IO),
+            Ok(Some(state)) => {
+                reply.opened(fuser::FileHandle(self.handles.add(node, state)), FopenFlags::FOPEN_DIRECT_IO)
+            }
             Ok(None) => self.open_holders(node, pid, reply),
             Err(e) => reply.error(errno(e)),
         }
@@ -264,7 +266,16 @@ impl Inner {
     }
 
     /// READ.
-    pub fn read(self: &Arc<Self>, node: Node, fh: u64, offset: u64, size: u32, nonblock: bool, pid: u32, reply: ReplyData) {
+    pub fn read(
+        self: &Arc<Self>,
+        node: Node,
+        fh: u64,
+        offset: u64,
+        size: u32,
+        nonblock: bool,
+        pid: u32,
+        reply: ReplyData,
+    ) {
         let Some(handle) = self.handles.get(fh).filter(|h| h.node == node).or_else(|| self.adopt(node, fh, offset))
         else {
             return reply.error(errno(Errno::ESTALE));

@@ -70,7 +70,9 @@ pub enum MountError {
         path: PathBuf,
     },
     /// Something else is mounted there.
-    #[error("a filesystem of type {fstype} ({source_name}) is mounted at {path}: unmount it, or choose another mount point")]
+    #[error(
+        "a filesystem of type {fstype} ({source_name}) is mounted at {path}: unmount it, or choose another mount point"
+    )]
     Occupied {
         /// The mount point.
         path: PathBuf,
@@ -265,7 +267,7 @@ fn directory(given: &Path, path: PathBuf) -> Result<PathBuf, MountError> {
     match std::fs::symlink_metadata(&path) {
         Ok(meta) if meta.is_dir() => Ok(path),
         Ok(_) => Err(bad("is not a directory".into())),
-        Err(e) if e.kind() == io::ErrorKind::NotFound && given == Path::new(DEFAULT_MOUNTPOINT) => {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
             std::fs::create_dir(&path).map_err(|e| bad(format!("cannot be made: {e}")))?;
             Ok(path)
         }
@@ -289,10 +291,7 @@ fn look(path: &Path) -> Option<io::Result<()>> {
 }
 
 fn mount(fuse: &File, path: &Path) -> Result<(), MountError> {
-    let data = format!(
-        "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
-        fuse.as_raw_fd()
-    );
+    let data = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions", fuse.as_raw_fd());
     let data = std::ffi::CString::new(data).map_err(|e| system("the mount options")(e.into()))?;
     // Devices are allowed: `block` and `exports/` are the very disks.
     let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NOATIME;

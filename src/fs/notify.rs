@@ -93,7 +93,8 @@ impl Inner {
         let fire: Option<PollNotifier> = match &mut *state {
             State::Value(value) if value.armed.is_some() => {
                 let now = self.text(handle.node);
-                let changed = |(_, was): &mut (PollNotifier, Arc<str>)| now.is_err() || now.is_ok_and(|n| n.text != *was);
+                let changed =
+                    |(_, was): &mut (PollNotifier, Arc<str>)| now.is_err() || now.is_ok_and(|n| n.text != *was);
                 value.armed.take_if(changed).map(|(notifier, _)| notifier)
             }
             State::Stream(stream) => {

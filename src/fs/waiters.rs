@@ -126,8 +126,7 @@ pub struct Waiters {
 impl Waiters {
     /// Starts the watcher. `longest` bounds every wait (`fs.fuse.*_request_timeout`).
     pub fn start(core: Arc<dyn Core>, longest: Option<Duration>) -> std::io::Result<Self> {
-        let state =
-            State { next: 1, slots: HashMap::new(), nodes: HashMap::new(), fresh: Vec::new(), closed: false };
+        let state = State { next: 1, slots: HashMap::new(), nodes: HashMap::new(), fresh: Vec::new(), closed: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), wake: Condvar::new(), core, longest });
         let watched = shared.clone();
         std::thread::Builder::new().name("volfs-waiters".into()).spawn(move || watch(&watched))?;
@@ -219,7 +218,7 @@ impl Shared {
         let Parked { reply, waits, .. } = slot.parked;
         let interrupted = left == Left::Interrupted;
         let e = match waits {
-            Waits::Command(w) => self.core.caller_left(w.target, &w.command, w.op, &w.caller, left),
+            Waits::Command(w) => self.core.caller_left(w.target, w.command.action.verb(), w.op, &w.caller, left),
             _ if interrupted => Errno::EINTR,
             Waits::Line => match reply {
                 Reply::Data(r) => return r.data(STILL_HERE),

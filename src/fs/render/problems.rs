@@ -31,7 +31,13 @@ pub fn rows(view: &View<'_>) -> Vec<Problem> {
         let (word, why) = component(c);
         if word != "ok" {
             let remedy = "look at the log; volfs tries again by itself".into();
-            rows.push(Problem { object: name.into(), since: world.health.at, what: word.into(), why: why.into(), remedy });
+            rows.push(Problem {
+                object: name.into(),
+                since: world.health.at,
+                what: word.into(),
+                why: why.into(),
+                remedy,
+            });
         }
     }
     if let Some(why) = &world.read_only {
@@ -81,7 +87,9 @@ fn of_volume(object: &str, v: &Volume) -> Vec<Problem> {
         let remedy = match status {
             Status::Lost => "`attach` waits for the device, `detach` gives it up".into(),
             Status::Missing => format!("`delete {0}` or `release {0}` drops it from the record", v.uuid),
-            Status::Conflict => "owner and info.json say more; end the contradiction where it arose, then `reconcile`".into(),
+            Status::Conflict => {
+                "owner and info.json say more; end the contradiction where it arose, then `reconcile`".into()
+            }
             _ => "`reconcile`".into(),
         };
         rows.push(Problem { object: object.into(), since: v.times.status, what: status.as_str().into(), why, remedy });
