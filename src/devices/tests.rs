@@ -538,6 +538,78 @@ fn a_recorded_tree_is_read_and_what_is_no_volume_is_left_out() {
     assert_eq!(devices.disk("vdb").unwrap().unwrap().identity.text(), "4aff4799111142228333");
 }
 
+/// Puts a pipe at `path`, so that the next reader stands still until it is fed.
+fn pipe_at(path: &Path) {
+    let pipe = path.with_extension("pipe");
+    let kind = rustix::fs::FileType::Fifo;
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, kind, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    std::fs::rename(pipe, path).unwrap();
+}
+
+fn put_at(path: &Path, text: &str) {
+    let new = path.with_extension("new");
+    std::fs::write(&new, text).unwrap();
+    std::fs::rename(new, path).unwrap();
+}
+
+#[test]
+fn a_disk_that_becomes_another_while_it_is_read_is_read_again() {
+    use std::io::Write;
+    for attribute in ["serial", "size"] {
+        let sys = tempfile::tempdir().unwrap();
+        let dir = sys.path().join("block/vdb");
+        std::fs::create_dir_all(&dir).unwrap();
+        for (name, text) in [("dev", "254:16\n"), ("diskseq", "1\n"), ("size", "2048\n"), ("serial", "first")] {
+            put_at(&dir.join(name), text);
+        }
+        let options = Options { sys: sys.path().into(), uevents: false, ..Options::default() };
+        let devices = KernelDevices::start(options).unwrap();
+        let path = dir.join(attribute);
+        pipe_at(&path);
+        let found = std::thread::scope(|scope| {
+            let looking = scope.spawn(|| devices.disk("vdb").unwrap().unwrap());
+            let mut feed = File::options().write(true).open(&path).unwrap();
+            if attribute == "size" {
+                // The size is read before and after the identity: the change comes at the second.
+                pipe_at(&path);
+                feed.write_all(b"2048\n").unwrap();
+                drop(feed);
+                feed = File::options().write(true).open(&path).unwrap();
+            }
+            for (name, text) in [("diskseq", "2\n"), ("size", "4096\n"), ("serial", "second")] {
+                put_at(&dir.join(name), text);
+            }
+            feed.write_all(if attribute == "size" { b"4096\n" } else { b"first" }).unwrap();
+            drop(feed);
+            looking.join().unwrap()
+        });
+        let got = (found.incarnation.diskseq, found.size, found.identity.text());
+        assert_eq!(got, (2, 2 << 20, "second"), "{attribute}");
+    }
+}
+
+#[test]
+fn a_serial_that_hangs_is_asked_by_one_thread_and_holds_nobody_for_long() {
+    use std::io::Write;
+    let sys = tempfile::tempdir().unwrap();
+    let dir = sys.path().join("block/vdb");
+    std::fs::create_dir_all(&dir).unwrap();
+    for (name, text) in [("dev", "254:16\n"), ("diskseq", "1\n"), ("size", "2048\n")] {
+        put_at(&dir.join(name), text);
+    }
+    pipe_at(&dir.join("serial"));
+    let devices =
+        KernelDevices::start(Options { sys: sys.path().into(), uevents: false, ..Options::default() }).unwrap();
+    let untold = std::thread::scope(|scope| {
+        let asking: Vec<_> = (0..4).map(|_| scope.spawn(|| devices.disk("vdb").unwrap().unwrap())).collect();
+        asking.into_iter().map(|a| a.join().unwrap()).collect::<Vec<_>>()
+    });
+    assert!(untold.iter().all(|d| d.identity == DiskIdentity::None));
+    // One reader took it: what is written once answers everybody, and nobody opens the pipe again.
+    File::options().write(true).open(dir.join("serial")).unwrap().write_all(b"late").unwrap();
+    assert_eq!(devices.disk("vdb").unwrap().unwrap().identity, DiskIdentity::VirtioSerial("late".into()));
+}
+
 #[test]
 fn a_disk_that_carries_the_host_says_what_it_carries() {
     let devices = devices();
