@@ -22,7 +22,7 @@ use super::core::{Core, Live};
 use super::world::{Component, Running, Volume};
 use crate::cloud::{CloudError, CloudVolume, Refusal};
 use crate::command::{self, Action};
-use crate::devices::{Devices, DevicesError};
+use crate::devices::{DeviceChange, Devices, DevicesError};
 use crate::error::Error;
 use crate::failpoint;
 use crate::model::{Disk, DiskRow, Mark, Outcome, Status, Timestamp, Verb, VolumeId};
@@ -66,6 +66,16 @@ pub(super) type Acted = Result<Done, Fail>;
 
 /// How often a wait for the kernel looks again without being told.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Waits for a change of the kernel's devices; for ever if the events ended, so that only the tick is left.
+pub(super) async fn changed(changes: &mut tokio::sync::broadcast::Receiver<DeviceChange>) {
+    use tokio::sync::broadcast::error::RecvError;
+    // Lagging is a change too: everything is looked at again.
+    if let Err(RecvError::Closed) = changes.recv().await {
+        std::future::pending().await
+    }
+}
+
 /// First and longest pause before a passing refusal is tried again.
 const PASSING_FIRST: Duration = Duration::from_millis(250);
 const PASSING_LONGEST: Duration = Duration::from_secs(10);

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::Engine;
 use super::core::Live;
-use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail};
+use super::operation::{Acted, Done, Fail, LOOK_AGAIN, changed, cloud_fail};
 use super::world::{Mapping, Volume};
 use crate::cloud::CloudVolume;
 use crate::devices::DevicesError;
@@ -181,9 +181,9 @@ impl Engine {
             if live.stopping() {
                 return Err(Fail::ambiguous(Error::Cancelled));
             }
-            // A change may be about any disk; a closed or lagging channel still leaves the tick.
+            // A change may be about any disk.
             tokio::select! {
-                _ = changes.recv() => {}
+                () = changed(&mut changes) => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         };
@@ -463,7 +463,7 @@ impl Engine {
                 return Err(Fail::ambiguous(Error::Cancelled));
             }
             tokio::select! {
-                _ = changes.recv() => {}
+                () = changed(&mut changes) => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         }
@@ -558,7 +558,7 @@ impl Engine {
                 return Err(Fail::ambiguous(Error::Cancelled));
             }
             tokio::select! {
-                _ = changes.recv() => {}
+                () = changed(&mut changes) => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         }
