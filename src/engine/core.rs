@@ -39,7 +39,7 @@ pub(super) struct Core {
     /// Job names that a mkdir in flight is about.
     pub making: HashSet<JobId>,
     /// When the cloud first did not show a volume.
-    pub absent: HashMap<VolumeId, Instant>,
+    pub absent: HashMap<VolumeId, tokio::time::Instant>,
     /// False from the beginning of a shutdown.
     pub accepting: bool,
     /// Rows of the root's history.

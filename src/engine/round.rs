@@ -4,7 +4,9 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::Engine;
 use super::core::Core;
@@ -276,7 +278,9 @@ impl Engine {
             }
         }
         if let Some(map) = &by_id {
-            self.core.lock().absent.retain(|volume, _| !map.contains_key(volume));
+            let mut core = self.core.lock();
+            let Core { absent, world, .. } = &mut *core;
+            absent.retain(|volume, _| !map.contains_key(volume) && world.by_uuid.contains_key(volume));
         }
         self.apply(settled).await;
         let answer = match answer {
