@@ -39,7 +39,7 @@ impl Engine {
         if let Err(error) = &disks {
             core.world.health.devices = Component::Down(error.to_string().into());
         }
-        core.fill(&loaded, &disks.unwrap_or_default(), &*devices, about.host, options.exact_size, at);
+        core.fill(&loaded, &disks.unwrap_or_default(), &*devices, about.host, at);
         let unfinished: Vec<OpRow> = loaded.unfinished.clone();
         let world = Arc::new(core.world.clone());
         let engine = Arc::new_cyclic(|me| Engine {
@@ -144,7 +144,6 @@ impl Core {
         disks: &[Disk],
         devices: &dyn Devices,
         host: crate::model::VmId,
-        exact_size: bool,
         at: Timestamp,
     ) {
         for job in &loaded.jobs {
@@ -154,7 +153,7 @@ impl Core {
             self.put_job(made, job.created);
         }
         for disk in &loaded.disks {
-            let volume = from_record(disk, disks, devices, host, exact_size, self.world.record);
+            let volume = from_record(disk, disks, devices, host, self.world.record);
             if let Some(vm) = disk.mapping.as_ref().map(|m| m.vm).filter(|vm| *vm != host) {
                 self.watch(vm);
             }
@@ -207,7 +206,6 @@ fn from_record(
     disks: &[Disk],
     devices: &dyn Devices,
     host: crate::model::VmId,
-    exact_size: bool,
     record: crate::model::RecordId,
 ) -> Volume {
     let mut volume = blank(loaded.row, loaded.volume, loaded.job, loaded.disk.clone(), loaded.epoch, Status::Unknown);
@@ -233,7 +231,7 @@ fn from_record(
         let own: Vec<&Disk> = disks.iter().filter(|d| d.identity.names(loaded.volume)).collect();
         if let [disk] = own.as_slice()
             && disk.incarnation == device.incarnation
-            && (disk.size == loaded.size || (!exact_size && disk.size >= loaded.size))
+            && disk.size >= loaded.size
         {
             match devices.pin(disk) {
                 Ok(pin) => {
