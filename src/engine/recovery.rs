@@ -190,7 +190,13 @@ impl Engine {
                 _ => Found::NotBegun,
             },
             Action::Delete { .. } => match &seen {
-                None => Found::Finish(Box::new(self.gone(&volume, "done before a crash".into()))),
+                None if self.sees_us().await => {
+                    Found::Finish(Box::new(self.gone(&volume, "done before a crash".into())))
+                }
+                None => {
+                    let why = "the cloud shows neither the volume nor this host's own VM".into();
+                    Found::Unclear(Fail::clean(Error::CannotTell { why }))
+                }
                 Some(_) => Found::NotBegun,
             },
             Action::Release { .. } => match &seen {

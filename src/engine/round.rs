@@ -39,8 +39,16 @@ impl Engine {
         if failpoint::hit("reconcile.no-gap") { Duration::ZERO } else { self.absence_gap }
     }
 
-    /// Whether an absence seen now is confirmed by an earlier one.
-    fn absent(&self, volume: VolumeId, looked: Instant) -> CloudView<'static> {
+    /// Whether the credentials see our own VM: those that do not, see no volume either (row V6).
+    pub(super) async fn sees_us(&self) -> bool {
+        matches!(self.cloud.vm(self.host).await, Ok(Some(_)))
+    }
+
+    /// Whether an absence seen now is confirmed by an earlier one. An absence that means nothing is no look.
+    fn absent(&self, volume: VolumeId, looked: Instant, sees_us: bool) -> CloudView<'static> {
+        if !sees_us {
+            return CloudView::Absent { confirmed: false };
+        }
         let first = *self.core.lock().absent.entry(volume).or_insert(looked);
         let confirmed = looked.saturating_duration_since(first) >= self.absence_gap() && first != looked;
         CloudView::Absent { confirmed }
@@ -171,7 +179,7 @@ impl Engine {
                     self.core.lock().absent.remove(&before.uuid);
                     CloudView::Seen(seen)
                 }
-                Ok(None) => self.absent(before.uuid, looked),
+                Ok(None) => self.absent(before.uuid, looked, self.sees_us().await),
                 Err(_) => CloudView::Unseen,
             };
             self.cloud_health(answer.as_ref().err());
@@ -263,13 +271,16 @@ impl Engine {
                 by_volume.entry(volume.uuid).or_default().push(disk.clone());
             }
         }
+        let any_absent =
+            by_id.as_ref().is_some_and(|map| world.by_uuid.keys().any(|volume| !map.contains_key(volume)));
+        let sees_us = any_absent && self.sees_us().await;
         let mut settled = Vec::new();
         for before in world.volumes.values().filter(|v| v.running.is_none()) {
             let view = match &by_id {
                 None => CloudView::Unseen,
                 Some(map) => match map.get(&before.uuid) {
                     Some(seen) => CloudView::Seen(seen),
-                    None => self.absent(before.uuid, looked),
+                    None => self.absent(before.uuid, looked, sees_us),
                 },
             };
             let own = by_volume.get(&before.uuid).map_or(&[][..], Vec::as_slice);

@@ -588,7 +588,7 @@ impl Engine {
             {
                 Ok(until) => until,
                 Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {
-                    Ok(None) => None,
+                    Ok(None) if self.sees_us().await => None,
                     _ => return Err(fail),
                 },
                 Err(fail) => return Err(fail),
