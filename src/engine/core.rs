@@ -64,6 +64,8 @@ pub(super) struct Live {
     pub journaled: Ticket,
     /// Set by `cancel`, by a destroy's interrupted caller, and by `abandon`.
     pub stop: Arc<AtomicBool>,
+    /// Taken by who ends it: its own conclusion, or `abandon`. Never both.
+    pub ending: Arc<AtomicBool>,
     /// Who asked.
     pub caller: Arc<Caller>,
     /// Began.
@@ -79,6 +81,11 @@ pub(super) struct Live {
 }
 
 impl Live {
+    /// Takes the right to end it; false if somebody has it.
+    pub fn take_end(&self) -> bool {
+        !self.ending.swap(true, Ordering::SeqCst)
+    }
+
     /// Whether it was asked to stop before its next step.
     pub fn stopping(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
@@ -373,6 +380,7 @@ impl Core {
             ticket: Ticket::default(),
             journaled: Ticket::default(),
             stop: Arc::new(AtomicBool::new(false)),
+            ending: Arc::new(AtomicBool::new(false)),
             caller,
             began: at,
             clock: Instant::now(),

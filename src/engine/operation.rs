@@ -148,7 +148,7 @@ impl Engine {
     pub(super) async fn conclude(self: &Arc<Self>, live: Live, acted: Acted) {
         let verb = live.action.verb();
         failpoint::reach(&format!("{verb}.acted")).await;
-        if !self.core.lock().owns(&live) {
+        if !live.take_end() {
             tracing::warn!(operation = %live.id, %verb, "a late answer: the operation had been abandoned; ignored");
             return;
         }

@@ -51,6 +51,7 @@ impl Engine {
             ticket: Ticket::default(),
             journaled: Ticket::done(Ok(())),
             stop: Arc::new(AtomicBool::new(false)),
+            ending: Arc::new(AtomicBool::new(false)),
             caller: Arc::new(row.caller.clone()),
             began: row.began,
             clock: std::time::Instant::now(),
@@ -100,6 +101,9 @@ impl Engine {
     }
 
     async fn interrupted(self: &Arc<Self>, live: Live, error: Error) {
+        if !live.take_end() {
+            return;
+        }
         let at = (self.clock)();
         let sentence = error.to_string();
         let end = Change::OpEnd { id: live.id, outcome: Outcome::Interrupted, sentence: sentence.clone(), at };
