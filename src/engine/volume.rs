@@ -107,11 +107,15 @@ impl Engine {
             Some(at) if at.vm != vm => {
                 return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
             }
+            // Somebody else's attachment in another place is not ours to take away.
+            Some(at) if !live.recovering && slot.is_some_and(|s| at.device_id != Some(s.number())) => {
+                return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm }));
+            }
             Some(_) => {}
             None => self.call_attach(live, &volume, vm, slot, &what).await?,
         }
         if vm == self.host {
-            self.prove_here(live, row, &what).await
+            self.prove_here(live, row, slot, &what).await
         } else {
             self.prove_there(live, row, vm, slot, &what).await
         }
@@ -160,7 +164,7 @@ impl Engine {
     }
 
     /// On this host it is done when the device is present and verified.
-    async fn prove_here(self: &Arc<Self>, live: &Live, row: DiskRow, what: &str) -> Acted {
+    async fn prove_here(self: &Arc<Self>, live: &Live, row: DiskRow, slot: Option<Slot>, what: &str) -> Acted {
         let mut changes = self.devices.changes();
         self.step(live, "wait for the device")?;
         let mapping = loop {
@@ -192,6 +196,10 @@ impl Engine {
         if seen.attached.map(|a| a.vm) != Some(self.host) {
             let why = "the device is here, but the cloud does not say attached here".into();
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
+        }
+        if let Err(fail) = self.in_place(live, &volume, &seen, slot, what).await {
+            mapping.pin.release();
+            return Err(fail);
         }
         let fits = if self.exact_size { mapping.size == seen.size } else { mapping.size >= seen.size };
         if !fits {
@@ -237,6 +245,31 @@ impl Engine {
         })
     }
 
+    /// An id that was asked for is verified, or the volume is detached again (C3). Recovery takes nothing away.
+    async fn in_place(
+        &self,
+        live: &Live,
+        volume: &Volume,
+        seen: &CloudVolume,
+        slot: Option<Slot>,
+        what: &str,
+    ) -> Result<(), Fail> {
+        let (Some(slot), Some(at)) = (slot, seen.attached) else { return Ok(()) };
+        if at.device_id == Some(slot.number()) {
+            return Ok(());
+        }
+        let words = format!("device id {} was asked for, {:?} was given", slot.number(), at.device_id);
+        let error = Error::CloudRefused { what: what.into(), words };
+        if live.recovering {
+            return Err(Fail::ambiguous(error));
+        }
+        self.step(live, "the cloud gave another device id: detach again")?;
+        match self.cloud.detach(volume.uuid, at.vm, false).await {
+            Ok(()) => Err(Fail::clean(error)),
+            Err(e) => Err(Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error)),
+        }
+    }
+
     /// On another VM it is done when the cloud says so, in the place that was asked for.
     async fn prove_there(
         self: &Arc<Self>,
@@ -252,18 +285,7 @@ impl Engine {
             let why = format!("the cloud does not say attached to VM {vm} after it said done");
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
         }
-        let got = seen.attached.and_then(|a| a.device_id);
-        if let Some(slot) = slot
-            && got != Some(slot.number())
-        {
-            self.step(live, "the cloud gave another device id: detach again")?;
-            self.cloud
-                .detach(volume.uuid, vm, false)
-                .await
-                .map_err(|e| Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error))?;
-            let words = format!("device id {} was asked for, {got:?} was given; it is detached again", slot.number());
-            return Err(Fail::clean(Error::CloudRefused { what: what.into(), words }));
-        }
+        self.in_place(live, &volume, &seen, slot, what).await?;
         let at = (self.clock)();
         let map_row = self.core.lock().next_mapping();
         let changes = vec![
@@ -500,9 +522,10 @@ impl Engine {
         }
         self.step(live, "the cloud resizes it")?;
         failpoint::reach("resize.before-call").await;
-        let size = match self.patiently(&what, Some(volume.uuid), || self.cloud.resize(volume.uuid, size)).await {
-            Ok(size) => size,
-            Err(fail) => return Err(fail),
+        // It has that size already: nothing to call, which is also all that recovery ever does here.
+        let size = match size == seen.size {
+            true => size,
+            false => self.patiently(&what, Some(volume.uuid), || self.cloud.resize(volume.uuid, size)).await?,
         };
         failpoint::reach("resize.after-call").await;
         let mapping = match &volume.mapping {
