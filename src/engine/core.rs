@@ -401,6 +401,17 @@ impl Core {
             Target::Volume(row) => {
                 let withdrawn = verb == Verb::Detach;
                 self.with_volume(row, at, |v| v.running = Some(Running { op: live.id, verb, withdrawn }));
+                // The name is taken from now on, so that nothing else gets it and its job is not forgotten.
+                if let (Some((job, _)), Some(old)) = (&job, &disk) {
+                    let taken = match &live.action {
+                        Action::Move { job } => self.world.job_rows.get(job).map(|to| (*to, old.clone())),
+                        Action::Disk { name } => Some((*job, name.clone())),
+                        _ => None,
+                    };
+                    if let Some((job, name)) = taken {
+                        self.with_job(job, at, |job| drop(job.creating.insert(name, live.id)));
+                    }
+                }
             }
             Target::Job(row) => match &live.action {
                 Action::Create { disk, .. } => self.with_job(row, at, |job| {
@@ -482,24 +493,37 @@ impl Core {
         let destroying = |parent: &OpId| self.live.get(parent).is_some_and(|l| l.action.verb() == Verb::Destroy);
         let back = live.parent.filter(destroying).map(reservation);
         match live.target {
-            Target::Volume(row) => self.with_volume(row, at, |v| {
-                if v.running.is_some_and(|r| r.op == live.id) {
-                    v.running = back;
+            Target::Volume(row) => {
+                self.with_volume(row, at, |v| {
+                    if v.running.is_some_and(|r| r.op == live.id) {
+                        v.running = back;
+                    }
+                });
+                let named_in = match &live.action {
+                    Action::Move { job } => self.world.job_rows.get(job).copied(),
+                    Action::Disk { .. } => self.world.volumes.get(&row).map(|v| v.job),
+                    _ => None,
+                };
+                if let Some(job) = named_in {
+                    self.with_job(job, at, |job| job.creating.retain(|_, op| *op != live.id));
                 }
-            }),
+            }
             Target::Job(row) => {
                 if let Action::Claim { volume, .. } = &live.action {
                     self.claiming.remove(volume);
                 }
                 self.with_job(row, at, |job| {
-                    job.creating =
-                        job.creating.iter().filter(|(_, op)| **op != live.id).map(|(d, op)| (d.clone(), *op)).collect();
+                    job.creating.retain(|_, op| *op != live.id);
                     if job.running == Some(live.id) {
                         job.running = None;
                     }
                 });
-                let reserved: Vec<DiskRow> =
-                    self.world.jobs.get(&row).map(|job| job.disks.values().copied().collect()).unwrap_or_default();
+                let reserved: Vec<DiskRow> = match live.action {
+                    Action::Destroy { .. } => {
+                        self.world.jobs.get(&row).map(|job| job.disks.values().copied().collect()).unwrap_or_default()
+                    }
+                    _ => Vec::new(),
+                };
                 for volume in reserved {
                     let ours = |v: &Arc<Volume>| v.running.is_some_and(|r| r.op == live.id);
                     if self.world.volumes.get(&volume).is_some_and(ours) {
