@@ -107,8 +107,9 @@ impl Engine {
         let at = (self.clock)();
         let sentence = error.to_string();
         let end = Change::OpEnd { id: live.id, outcome: Outcome::Interrupted, sentence: sentence.clone(), at };
-        if let Err(error) = self.store.commit(vec![end]).await {
+        if let Err(error) = self.store.commit(vec![end.clone()]).await {
             let words = error.to_string();
+            self.runtime.spawn(self.clone().end_later(end));
             self.store_health(Some(&Error::NotRecorded { what: "the end of an interrupted operation".into(), words }));
         }
         self.publish(|core, at| core.end(&live, Outcome::Interrupted, &sentence, at));

@@ -108,7 +108,8 @@ impl Engine {
             changes.push(facts(seen, &before.serial));
         }
         match (&mapping, finding.status) {
-            (Some(mapping), _) if !same_mapping => {
+            // A commit that failed left the record without what the world shows.
+            (Some(mapping), _) if !same_mapping || before.recorded != Status::Attached => {
                 changes.push(Change::MappingSet(mapping_row(&before, mapping, self.host)))
             }
             (None, Status::Remote) if finding.vm != before.vm || before.recorded != Status::Remote => {
