@@ -97,6 +97,11 @@ fn reservation(op: OpId) -> Running {
     Running { op, verb: Verb::Destroy, withdrawn: true }
 }
 
+/// Frees the disk name that an operation has taken in a job.
+fn let_go(job: &mut Job, op: OpId) {
+    job.creating = job.creating.iter().filter(|(_, o)| **o != op).map(|(d, o)| (d.clone(), *o)).collect();
+}
+
 impl Core {
     pub fn new(world: World, next: crate::store::Next, most_history: usize) -> Self {
         Core {
@@ -505,7 +510,7 @@ impl Core {
                     _ => None,
                 };
                 if let Some(job) = named_in {
-                    self.with_job(job, at, |job| job.creating.retain(|_, op| *op != live.id));
+                    self.with_job(job, at, |job| let_go(job, live.id));
                 }
             }
             Target::Job(row) => {
@@ -513,7 +518,7 @@ impl Core {
                     self.claiming.remove(volume);
                 }
                 self.with_job(row, at, |job| {
-                    job.creating.retain(|_, op| *op != live.id);
+                    let_go(job, live.id);
                     if job.running == Some(live.id) {
                         job.running = None;
                     }
