@@ -21,8 +21,19 @@ enum Found {
     Finish(Box<Done>),
     /// It had not begun: nothing changed.
     NotBegun,
+    /// It happened, and ended in a contradiction that no waiting settles.
+    Failed(Fail),
     /// Nobody can tell yet.
     Unclear(Fail),
+}
+
+/// What a failure of a step that recovery repeated means: only a silent cloud is waited for.
+fn left(fail: Fail) -> Found {
+    match fail.error {
+        Error::CloudUnreachable { .. } | Error::CloudAmbiguous { .. } => Found::Unclear(fail),
+        _ if fail.ambiguous => Found::Failed(fail),
+        _ => Found::NotBegun,
+    }
 }
 
 impl Engine {
@@ -83,6 +94,12 @@ impl Engine {
                     self.conclude(live, Ok(*done)).await;
                     return;
                 }
+                Found::Failed(fail) => {
+                    if live.take_end() {
+                        self.failed(live, fail).await;
+                    }
+                    return;
+                }
                 Found::NotBegun => {
                     let interrupted = Error::LeftBehind { what };
                     self.interrupted(live, interrupted).await;
@@ -136,7 +153,7 @@ impl Engine {
                         // The mark is ours already, and setting it again is success.
                         match self.claim(live, job, *volume, disk.clone(), None).await {
                             Ok(done) => Found::Finish(Box::new(done)),
-                            Err(fail) => Found::Unclear(fail),
+                            Err(fail) => left(fail),
                         }
                     }
                     Ok(_) => Found::NotBegun,
@@ -157,8 +174,7 @@ impl Engine {
         };
         let finish = |acted: Result<Done, Fail>| match acted {
             Ok(done) => Found::Finish(Box::new(done)),
-            Err(fail) if fail.ambiguous => Found::Unclear(fail),
-            Err(_) => Found::NotBegun,
+            Err(fail) => left(fail),
         };
         let ours = self.mark(&volume);
         match action {
