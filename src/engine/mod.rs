@@ -139,6 +139,7 @@ pub struct Engine {
     round_wanted: Arc<Notify>,
     closing: Arc<Notify>,
     rounds: tokio::sync::Mutex<()>,
+    rounds_ended: tokio::sync::watch::Sender<u64>,
 }
 
 type Watcher = Arc<dyn Fn(&Arc<World>) + Send + Sync>;

@@ -321,6 +321,7 @@ impl Engine {
             if let Err(error) = self.round().await {
                 tracing::warn!("reconcile round: {error}");
             }
+            self.rounds_ended.send_modify(|ended| *ended += 1);
             let second_look = self.core.lock().absent.values().min().copied();
             let gap = self.absence_gap() + Duration::from_millis(100);
             let pause = match second_look {

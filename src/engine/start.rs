@@ -63,6 +63,7 @@ impl Engine {
             round_wanted: Arc::new(Notify::new()),
             closing: Arc::new(Notify::new()),
             rounds: tokio::sync::Mutex::new(()),
+            rounds_ended: tokio::sync::watch::Sender::new(0),
         });
         if engine.read_only.is_none() {
             for row in unfinished {
@@ -82,18 +83,8 @@ impl Engine {
 
     /// Resolves when the first round of reconciling has ended, well or not.
     pub async fn first_round(&self) {
-        loop {
-            if self.world().counters.reconciles > 0 {
-                return;
-            }
-            // One runs at a time: having the lock means that a round has ended, or none has begun.
-            let held = self.rounds.lock().await;
-            drop(held);
-            if self.world().counters.reconciles > 0 || self.world().health.cloud != Component::Ok {
-                return;
-            }
-            tokio::task::yield_now().await;
-        }
+        // The sender lives as long as the engine.
+        let _ = self.rounds_ended.subscribe().wait_for(|ended| *ended > 0).await;
     }
 }
 
