@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::Engine;
 use super::core::Live;
+use super::jobs::in_flight;
 use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail, retrying};
 use super::volume::{facts, show_facts};
 use super::world::{Times, Volume};
@@ -145,6 +146,13 @@ impl Engine {
             // Our own mark on a volume in no job: released while the cloud was not there, or left by a crash.
             Some(found) if found.record != self.record && from != Some(found.record) => {
                 return Err(Fail::clean(Error::OwnedByRecord { volume, owner: found.to_string() }));
+            }
+            Some(found) if found.record == self.record => {
+                let core = self.core.lock();
+                if let Some(other) = core.live.values().find(|l| l.epoch == found.epoch && l.id != live.id) {
+                    let object = format!("volume {volume}");
+                    return Err(Fail::clean(in_flight(&core, other.id, object)));
+                }
             }
             None | Some(_) => {}
         }

@@ -27,6 +27,12 @@ enum Found {
     Unclear(Fail),
 }
 
+/// The epoch that an operation was given for its mark; 0 where it has none.
+pub(super) fn epoch_of(row: &OpRow) -> u64 {
+    let detail: serde_json::Value = serde_json::from_str(&row.detail).unwrap_or_default();
+    detail["epoch"].as_u64().unwrap_or(0)
+}
+
 /// What a failure of a step that recovery repeated means: only a silent cloud is waited for.
 fn left(fail: Fail) -> Found {
     match fail.error {
@@ -53,7 +59,6 @@ impl Engine {
             Target::Root => Place::Root,
         };
         let command = command::parse(row.command.as_bytes(), place).ok()?;
-        let detail: serde_json::Value = serde_json::from_str(&row.detail).unwrap_or_default();
         let live = Live {
             id: row.id,
             fence: row.fence,
@@ -66,7 +71,7 @@ impl Engine {
             caller: Arc::new(row.caller.clone()),
             began: row.began,
             clock: std::time::Instant::now(),
-            epoch: detail["epoch"].as_u64().unwrap_or(0),
+            epoch: epoch_of(row),
             parent: row.parent,
             recovering: true,
         };

@@ -34,7 +34,11 @@ impl Engine {
         let at = (options.clock)();
         let read_only: Option<Arc<str>> = options.read_only.as_deref().map(Into::into);
         let world = empty_world(&loaded, &about, &*devices, read_only.clone(), at);
-        let mut core = Core::new(world, loaded.next, options.history);
+        let mut next = loaded.next;
+        // An epoch that is only in an operation may be on a volume already.
+        let journaled = loaded.unfinished.iter().chain(loaded.history.iter().map(|(op, _)| op));
+        next.epoch = next.epoch.max(journaled.map(|op| super::recovery::epoch_of(op) + 1).max().unwrap_or(0));
+        let mut core = Core::new(world, next, options.history);
         let disks = devices.disks();
         if let Err(error) = &disks {
             core.world.health.devices = Component::Down(error.to_string().into());
