@@ -427,8 +427,13 @@ impl Engine {
         }
         if let Err(fail) = self.call_detach(live, volume, self.host, force, what).await {
             let busy = matches!(fail.error, Error::CloudBusy { .. });
-            self.pin_again(volume, &disk).await?;
-            if busy && !fail.ambiguous {
+            let pinned = self.pin_again(live, volume, &disk).await;
+            if fail.ambiguous {
+                // It may have happened, and then there is nothing to pin: the look after it decides.
+                return Err(fail);
+            }
+            pinned?;
+            if busy {
                 let dev = disk.dev;
                 let mut holders = self.kernel(move |devices| devices.holders(dev)).await.unwrap_or_default();
                 if holders.is_empty() {
@@ -442,9 +447,14 @@ impl Engine {
     }
 
     /// After a refused detach: our descriptor back on the same incarnation, under the same row.
-    async fn pin_again(self: &Arc<Self>, volume: &Arc<Volume>, disk: &Disk) -> Result<(), Fail> {
+    async fn pin_again(self: &Arc<Self>, live: &Live, volume: &Arc<Volume>, disk: &Disk) -> Result<(), Fail> {
         let mapping = self.map(volume, disk).await.map_err(cannot_tell)?;
-        self.publish(|core, at| core.with_volume(volume.row, at, |v| v.mapping = Some(mapping)));
+        self.publish(|core, at| {
+            // Abandoned meanwhile: reconciling has the volume.
+            if core.owns(live) {
+                core.with_volume(volume.row, at, |v| v.mapping = Some(mapping));
+            }
+        });
         Ok(())
     }
 
