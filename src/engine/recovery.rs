@@ -12,7 +12,7 @@ use super::ticket::Ticket;
 use super::{Engine, Target};
 use crate::command::{self, Action, Place};
 use crate::error::Error;
-use crate::model::{DiskRow, Mark, Outcome, Status};
+use crate::model::{DiskRow, Mark, Outcome, Status, VolumeId};
 use crate::store::{Change, OpRow};
 
 /// What looking has told about an operation that was left behind.
@@ -93,11 +93,12 @@ impl Engine {
     pub(super) async fn recover(self: Arc<Self>, live: Live) {
         let what = command::spell(&live.action);
         tracing::info!(operation = %live.id, "settling `{what}`, which a crash left behind");
+        let volumes = self.reserved(live.target);
         loop {
             match self.settle_left(&live).await {
                 Found::Finish(done) => {
                     self.conclude(live, Ok(*done)).await;
-                    return;
+                    break;
                 }
                 Found::Failed(fail) => {
                     if live.take_end() {
@@ -108,7 +109,7 @@ impl Engine {
                 Found::NotBegun => {
                     let interrupted = Error::LeftBehind { what };
                     self.interrupted(live, interrupted).await;
-                    return;
+                    break;
                 }
                 Found::Unclear(fail) => {
                     tracing::warn!(operation = %live.id, "not settled yet: {}", fail.error);
@@ -119,6 +120,27 @@ impl Engine {
             if !self.core.lock().owns(&live) {
                 return;
             }
+        }
+        // The start's own round left them to their operation, and not every one of them ends with a
+        // status that was looked at. By uuid: a move gives another row.
+        for volume in volumes {
+            let row = self.world().by_uuid.get(&volume).copied();
+            if let Some(row) = row {
+                self.look_at(row).await;
+            }
+        }
+    }
+
+    /// The volumes that an operation on this object keeps from being reconciled.
+    fn reserved(&self, target: Target) -> Vec<VolumeId> {
+        let world = self.world();
+        let uuid = |row: &DiskRow| world.volumes.get(row).map(|v| v.uuid);
+        match target {
+            Target::Volume(row) => uuid(&row).into_iter().collect(),
+            Target::Job(row) => {
+                world.jobs.get(&row).map_or(Vec::new(), |j| j.disks.values().filter_map(uuid).collect())
+            }
+            Target::Root => Vec::new(),
         }
     }
 
@@ -135,9 +157,6 @@ impl Engine {
             self.store_health(Some(&Error::NotRecorded { what: "the end of an interrupted operation".into(), words }));
         }
         self.publish(|core, at| core.end(&live, Outcome::Interrupted, &sentence, at));
-        if let Target::Volume(row) = live.target {
-            self.look_at(row).await;
-        }
         live.ticket.complete(Err(error));
     }
 
@@ -241,6 +260,12 @@ impl Engine {
                     _ => Found::NotBegun,
                 }
             }
+            // Nothing is taken away, and it cannot be told whether the name beside the mark is the
+            // new one already: said again, and recorded.
+            Action::Disk { name } => match &seen {
+                Some(seen) if seen.mark == Some(ours) => finish(self.rename(live, row, name).await),
+                _ => Found::NotBegun,
+            },
             _ => Found::NotBegun,
         }
     }

@@ -2,6 +2,7 @@
 
 mod common;
 mod shells;
+mod crash;
 
 use common::Volfs;
 
