@@ -253,12 +253,17 @@ def many(top, volumes):
 
 
 def main():
+    global BIN
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--volumes", type=int, default=10000)
     args.add_argument("--json")
+    args.add_argument("--bin", help="measure this binary instead of building one")
     args.add_argument("--only", choices=["requests", "attach", "parked", "many"])
     args = args.parse_args()
-    subprocess.run(["cargo", "build", "-q", "--release", "--features", "failpoints"], cwd=TOP, check=True)
+    if args.bin:
+        BIN = os.path.abspath(args.bin)
+    else:
+        subprocess.run(["cargo", "build", "-q", "--release", "--features", "failpoints"], cwd=TOP, check=True)
     top = tempfile.mkdtemp(prefix="volfs-bench-")
     print(f"kernel {os.uname().release}, {os.cpu_count()} cpus")
     try:

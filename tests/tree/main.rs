@@ -1,8 +1,8 @@
 //! The tree through a real mount, as a user would: real shells, real loop devices.
 
 mod common;
-mod shells;
 mod crash;
+mod shells;
 
 use common::Volfs;
 
