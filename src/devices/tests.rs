@@ -73,9 +73,25 @@ impl Drop for Loop {
     }
 }
 
+/// Opens a node, for writing where that is allowed. ENXIO: somebody's unbinding is not done yet.
 fn open_node(name: &str) -> File {
     let path = format!("/dev/{name}");
-    File::options().read(true).write(true).open(&path).or_else(|_| File::open(&path)).unwrap()
+    loop {
+        let opened = File::options().read(true).write(true).open(&path).or_else(|_| File::open(&path));
+        match opened {
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => std::thread::yield_now(),
+            other => return other.unwrap(),
+        }
+    }
+}
+
+/// Tells a thread to stop, also when the test panics: the scope waits for it.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// A child that ends with the test.
@@ -256,6 +272,7 @@ fn a_half_changed_disk_is_never_reported() {
                 }
             }
         });
+        let _stop = StopOnDrop(&stop);
         for round in 0.. {
             for (tag, size) in &tags {
                 let device = Loop::tagged(*size, tag);
@@ -266,7 +283,6 @@ fn a_half_changed_disk_is_never_reported() {
                 break;
             }
         }
-        stop.store(true, Ordering::Relaxed);
     });
     println!("{} sightings", seen.into_inner());
 }
