@@ -414,7 +414,9 @@ impl Core {
                         _ => None,
                     };
                     if let Some((job, name)) = taken {
-                        self.with_job(job, at, |job| drop(job.creating.insert(name, live.id)));
+                        self.with_job(job, at, |job| {
+                            job.creating.insert(name, live.id);
+                        });
                     }
                 }
             }
