@@ -2,6 +2,7 @@
 
 mod common;
 mod crash;
+mod rules;
 mod shells;
 
 use common::Volfs;
