@@ -1,6 +1,9 @@
 //! The tree through a real mount, as a user would: real shells, real loop devices.
 
+mod bring;
 mod common;
+mod statuses;
+mod table;
 
 use common::Volfs;
 
