@@ -1,9 +1,12 @@
 //! The tree through a real mount, as a user would: real shells, real loop devices.
 
+mod bring;
 mod common;
 mod crash;
 mod rules;
 mod shells;
+mod statuses;
+mod table;
 
 use common::Volfs;
 
