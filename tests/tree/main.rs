@@ -7,6 +7,9 @@ mod rules;
 mod shells;
 mod statuses;
 mod table;
+mod concurrency;
+mod events;
+mod waiting;
 
 use common::Volfs;
 
