@@ -53,7 +53,15 @@ impl Inner {
         }
     }
 
-    fn command(self: &Arc<Self>, node: Node, target: Target, data: &[u8], nonblock: bool, caller: Caller, reply: ReplyWrite) {
+    fn command(
+        self: &Arc<Self>,
+        node: Node,
+        target: Target,
+        data: &[u8],
+        nonblock: bool,
+        caller: Caller,
+        reply: ReplyWrite,
+    ) {
         let world = self.core.world();
         let (there, place) = match target {
             Target::Root => (true, Place::Root),
@@ -65,7 +73,9 @@ impl Inner {
             return reply.error(errno(Errno::ENODEV));
         }
         let parsed = if data.len() > COMMAND_MOST {
-            Err(Error::Malformed { what: format!("a command has at most {COMMAND_MOST} bytes, this one {}", data.len()) })
+            Err(Error::Malformed {
+                what: format!("a command has at most {COMMAND_MOST} bytes, this one {}", data.len()),
+            })
         } else {
             command::parse(data, place)
         };
@@ -77,13 +87,22 @@ impl Inner {
             }
         };
         command.nowait |= nonblock;
-        let submitted = self.core.submit(target, command.clone(), caller.clone());
+        let verb = command.action.verb();
+        let submitted = self.core.submit(target, command, caller.clone());
         let reply = Reply::Write(reply, length(data));
         let pid = caller.pid;
-        let wait = CommandWait { target, command, op: submitted.op, caller };
-        self.when_done(node, pid, submitted.deadline, Waits::Command(Box::new(wait)), reply, submitted.ticket, |_, reply, ()| {
-            reply.done();
-        });
+        let wait = CommandWait { target, verb, op: submitted.op, caller };
+        self.when_done(
+            node,
+            pid,
+            submitted.deadline,
+            Waits::Command(Box::new(wait)),
+            reply,
+            submitted.ticket,
+            |_, reply, ()| {
+                reply.done();
+            },
+        );
     }
 
     /// Answers the request when the ticket is done: `answer` for success, else the error's errno.

@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fuser::{Config, Session, SessionACL};
+use parking_lot::Mutex;
 use rustix::mount::{MountFlags, UnmountFlags};
 use tokio::sync::watch;
 
@@ -21,7 +22,7 @@ use super::tree::ExportNames;
 use super::waiters::Waiters;
 use super::{Fs, notify};
 
-/// Where the tree is mounted if nothing else is said; made if it is missing.
+/// Where the tree is mounted if nothing else is said.
 pub const DEFAULT_MOUNTPOINT: &str = "/run/volfs";
 
 const FS_TYPE: &str = "fuse.volfs";
@@ -35,7 +36,7 @@ const DEAD_MOST: usize = 64;
 /// How to serve the tree.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// An absolute path to a directory.
+    /// An absolute path to a directory, which is made if its parent is there.
     pub mountpoint: PathBuf,
     /// The group that may write to `control`, `vm_name`, `hold` and `block`.
     pub gid: u32,
@@ -70,7 +71,9 @@ pub enum MountError {
         path: PathBuf,
     },
     /// Something else is mounted there.
-    #[error("a filesystem of type {fstype} ({source_name}) is mounted at {path}: unmount it, or choose another mount point")]
+    #[error(
+        "a filesystem of type {fstype} ({source_name}) is mounted at {path}: unmount it, or choose another mount point"
+    )]
     Occupied {
         /// The mount point.
         path: PathBuf,
@@ -104,7 +107,7 @@ pub struct Serving {
     device: String,
     ended: Ended,
     thread: JoinHandle<()>,
-    finished: mpsc::Receiver<()>,
+    finished: Mutex<mpsc::Receiver<()>>,
     request_timeout: Option<Duration>,
 }
 
@@ -149,6 +152,7 @@ pub fn serve(core: Arc<dyn Core>, options: Options) -> Result<Serving, MountErro
         }
     };
     tracing::info!("mounted at {} as device {device}", path.display());
+    let finished = Mutex::new(finished);
     Ok(Serving { inner, mountpoint: path, device, ended, thread, finished, request_timeout })
 }
 
@@ -214,7 +218,7 @@ impl Serving {
             Err(e) => tracing::error!("cannot tell whether {} is still ours: {e}", self.mountpoint.display()),
         }
         let waited = Instant::now();
-        match self.finished.recv_timeout(JOIN_MOST) {
+        match self.finished.into_inner().recv_timeout(JOIN_MOST) {
             Ok(()) => {
                 if self.thread.join().is_err() {
                     tracing::error!("the session's thread panicked");
@@ -265,7 +269,8 @@ fn directory(given: &Path, path: PathBuf) -> Result<PathBuf, MountError> {
     match std::fs::symlink_metadata(&path) {
         Ok(meta) if meta.is_dir() => Ok(path),
         Ok(_) => Err(bad("is not a directory".into())),
-        Err(e) if e.kind() == io::ErrorKind::NotFound && given == Path::new(DEFAULT_MOUNTPOINT) => {
+        // /run is empty after each boot.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
             std::fs::create_dir(&path).map_err(|e| bad(format!("cannot be made: {e}")))?;
             Ok(path)
         }
@@ -289,10 +294,7 @@ fn look(path: &Path) -> Option<io::Result<()>> {
 }
 
 fn mount(fuse: &File, path: &Path) -> Result<(), MountError> {
-    let data = format!(
-        "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
-        fuse.as_raw_fd()
-    );
+    let data = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions", fuse.as_raw_fd());
     let data = std::ffi::CString::new(data).map_err(|e| system("the mount options")(e.into()))?;
     // Devices are allowed: `block` and `exports/` are the very disks.
     let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NOATIME;

@@ -8,7 +8,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::errno;
 use super::handles::{Handle, State, Stream};
-use super::inner::Inner;
+use super::inner::{Inner, Wanted};
 use super::node::{JobFile, Node, RootFile, VolumeFile};
 use super::waiters::{Parked, Reply, Waits};
 use crate::error::Errno;
@@ -93,7 +93,8 @@ impl Inner {
         let fire: Option<PollNotifier> = match &mut *state {
             State::Value(value) if value.armed.is_some() => {
                 let now = self.text(handle.node);
-                let changed = |(_, was): &mut (PollNotifier, Arc<str>)| now.is_err() || now.is_ok_and(|n| n.text != *was);
+                let changed =
+                    |(_, was): &mut (PollNotifier, Arc<str>)| now.is_err() || now.is_ok_and(|n| n.text != *was);
                 value.armed.take_if(changed).map(|(notifier, _)| notifier)
             }
             State::Stream(stream) => {
@@ -139,7 +140,8 @@ impl Inner {
     }
 
     /// READ of a stream: what is there, else it is parked.
-    pub fn read_stream(&self, handle: &Arc<Handle>, fh: u64, size: usize, nonblock: bool, pid: u32, reply: ReplyData) {
+    pub fn read_stream(&self, handle: &Arc<Handle>, fh: u64, wanted: Wanted, reply: ReplyData) {
+        let Wanted { size, nonblock, pid, .. } = wanted;
         // Watched before the look: what is pushed after it rings.
         self.handles.watch(fh, handle);
         let mut state = handle.state.lock();

@@ -124,6 +124,7 @@ pub fn add_volume(world: &mut World, row: i64, job: i64, name: &str, uuid: Volum
         disk: disk(name),
         epoch: 3,
         base: Status::Detached,
+        recorded: Status::Detached,
         running: None,
         mapping: None,
         vm: None,
@@ -305,13 +306,7 @@ impl Fake {
     fn now(&self, volume: &Volume) -> Result<DeviceNow, Error> {
         let none = || Error::NoDevice { volume: volume.uuid, status: volume.status() };
         let m = volume.device().filter(|m| !self.gone.lock().contains(&m.row)).ok_or_else(none)?;
-        Ok(DeviceNow {
-            name: m.name.clone(),
-            dev: m.dev,
-            incarnation: m.incarnation,
-            mapping: m.row,
-            size: m.size,
-        })
+        Ok(DeviceNow { name: m.name.clone(), dev: m.dev, incarnation: m.incarnation, mapping: m.row, size: m.size })
     }
 }
 
@@ -331,7 +326,7 @@ impl Core for Fake {
             None => Submitted { ticket: Ticket::done(Ok(())), deadline: None, op: None },
         }
     }
-    fn would(&self, _world: &World, target: Target, action: &Action) -> Result<(), Error> {
+    fn would(&self, target: Target, action: &Action) -> Result<(), Error> {
         match (target, action) {
             (Target::Volume(_), Action::Revert { .. }) => Err(Error::NotPermitted { what: "not\nnow" }),
             _ => Ok(()),
@@ -340,7 +335,7 @@ impl Core for Fake {
     fn note_failure(&self, target: Target, verb: &str, _caller: &Caller, error: &Error) {
         self.failures.lock().push((target, verb.into(), error.clone()));
     }
-    fn caller_left(&self, _: Target, _: &Command, _: Option<OpId>, _: &Caller, left: Left) -> Errno {
+    fn caller_left(&self, _: Target, _: Verb, _: Option<OpId>, _: &Caller, left: Left) -> Errno {
         self.left.lock().push(left);
         match left {
             Left::Interrupted => Errno::EINTR,

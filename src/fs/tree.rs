@@ -286,13 +286,9 @@ fn parent(view: &View<'_>, dir: Node) -> Node {
 /// A directory's entries, sorted by name, `.` and `..` first. ENOTDIR, ESTALE, EHOSTUNREACH.
 pub fn list(view: &View<'_>, dir: Node) -> Result<Vec<Entry>, Errno> {
     let world = view.world;
-    let mut entries = vec![
-        Entry { name: ".".into(), node: dir },
-        Entry { name: "..".into(), node: parent(view, dir) },
-    ];
-    let names = |names: Vec<&str>| -> Vec<String> {
-        names.into_iter().filter(|n| !n.is_empty()).map(str::to_owned).collect()
-    };
+    let mut entries = vec![Entry { name: ".".into(), node: dir }, Entry { name: "..".into(), node: parent(view, dir) }];
+    let names =
+        |names: Vec<&str>| -> Vec<String> { names.into_iter().filter(|n| !n.is_empty()).map(str::to_owned).collect() };
     let own: Vec<String> = match dir {
         Node::Root(RootFile::Dir) => names(RootFile::ALL.iter().map(|f| f.name()).collect()),
         Node::Root(RootFile::Events) => Vec::new(),
@@ -381,7 +377,9 @@ pub fn meta(view: &View<'_>, node: Node) -> Result<(Option<Timestamp>, Option<De
     let time = match node {
         Node::Root(RootFile::Version) => world.started,
         Node::Root(RootFile::Health) => world.health.at,
-        Node::Root(RootFile::Problems | RootFile::Table | RootFile::Limits | RootFile::Metrics) => return Ok((None, None)),
+        Node::Root(RootFile::Problems | RootFile::Table | RootFile::Limits | RootFile::Metrics) => {
+            return Ok((None, None));
+        }
         Node::Root(RootFile::Error) | Node::Control(Target::Root, _) => {
             world.error.as_ref().map_or(world.started, |e| e.at)
         }

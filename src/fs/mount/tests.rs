@@ -20,10 +20,13 @@ fn a_mount_point_must_be_a_directory_by_its_absolute_path() {
     let file = dir.path().join("file");
     std::fs::write(&file, "").unwrap();
     std::os::unix::fs::symlink(dir.path(), dir.path().join("link")).unwrap();
-    for bad in [Path::new("relative"), Path::new("/"), &file, &dir.path().join("link"), &dir.path().join("missing")] {
+    let deep = dir.path().join("missing/too");
+    for bad in [Path::new("relative"), Path::new("/"), &file, &dir.path().join("link"), &deep] {
         assert!(matches!(prepare(bad), Err(MountError::Mountpoint { .. })), "{}", bad.display());
     }
     assert_eq!(prepare(dir.path()).unwrap(), dir.path().canonicalize().unwrap());
+    let made = dir.path().join("made");
+    assert!(prepare(&made).is_ok() && made.is_dir(), "the last directory of the path is made");
 }
 
 struct Unmount(PathBuf);
@@ -60,7 +63,8 @@ fn dead_mounts_of_a_predecessor_are_cleared_away() {
 #[test]
 fn a_live_volfs_at_the_mount_point_is_named() {
     let dir = tempfile::tempdir().unwrap();
-    let serving = serve(crate::fs::testing::Fake::new(), Options { mountpoint: dir.path().into(), ..Options::default() });
+    let serving =
+        serve(crate::fs::testing::Fake::new(), Options { mountpoint: dir.path().into(), ..Options::default() });
     let serving = serving.unwrap();
     let _guard = Unmount(dir.path().into());
     let error = prepare(dir.path()).unwrap_err();

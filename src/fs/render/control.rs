@@ -16,7 +16,7 @@ use crate::model::{DiskName, DiskRow, JobId, JobRow, OpId, SnapshotName, VolumeI
 pub fn text(view: &View<'_>, target: Target) -> Result<String, Errno> {
     let mut text = String::from("# verb\tnow (man 5 volfs says how each is written)\n");
     for action in actions(view, target)? {
-        let now = match view.core.would(view.world, target, &action) {
+        let now = match view.core.would(target, &action) {
             Ok(()) => "allowed".to_owned(),
             Err(e) => format!("no: {}", escape(&e.to_string())),
         };

@@ -39,9 +39,9 @@ fn history(h: &HistoryRow) -> Value {
 }
 
 fn operation_value(op: &Operation) -> Value {
-    let ended = op.ended.as_ref().map(|(outcome, sentence, at)| {
-        json!({ "time": time(*at), "outcome": outcome.as_str(), "sentence": &**sentence })
-    });
+    let ended = op.ended.as_ref().map(
+        |(outcome, sentence, at)| json!({ "time": time(*at), "outcome": outcome.as_str(), "sentence": &**sentence }),
+    );
     json!({
         "id": op.id,
         "fence": op.fence,

@@ -31,7 +31,13 @@ pub fn rows(view: &View<'_>) -> Vec<Problem> {
         let (word, why) = component(c);
         if word != "ok" {
             let remedy = "look at the log; volfs tries again by itself".into();
-            rows.push(Problem { object: name.into(), since: world.health.at, what: word.into(), why: why.into(), remedy });
+            rows.push(Problem {
+                object: name.into(),
+                since: world.health.at,
+                what: word.into(),
+                why: why.into(),
+                remedy,
+            });
         }
     }
     if let Some(why) = &world.read_only {
@@ -81,7 +87,9 @@ fn of_volume(object: &str, v: &Volume) -> Vec<Problem> {
         let remedy = match status {
             Status::Lost => "`attach` waits for the device, `detach` gives it up".into(),
             Status::Missing => format!("`delete {0}` or `release {0}` drops it from the record", v.uuid),
-            Status::Conflict => "owner and info.json say more; end the contradiction where it arose, then `reconcile`".into(),
+            Status::Conflict => {
+                "owner and info.json say more; end the contradiction where it arose, then `reconcile`".into()
+            }
             _ => "`reconcile`".into(),
         };
         rows.push(Problem { object: object.into(), since: v.times.status, what: status.as_str().into(), why, remedy });
@@ -112,12 +120,17 @@ fn failed(object: String, e: &ErrorText) -> Problem {
 }
 
 fn ended_badly(object: &str, h: &HistoryRow) -> Option<Problem> {
-    let bad = matches!(h.outcome, Outcome::Ambiguous | Outcome::Interrupted | Outcome::Abandoned);
-    bad.then(|| Problem {
+    let default = match h.outcome {
+        Outcome::Ambiguous => "there was no clear answer",
+        Outcome::Interrupted => "volfs ended before it had begun, and does not begin such by itself",
+        Outcome::Abandoned => "it was ended in the record only",
+        Outcome::Done | Outcome::Failed | Outcome::Cancelled => return None,
+    };
+    Some(Problem {
         object: object.into(),
         since: h.at,
         what: format!("{} {}", h.verb, h.outcome.as_str()),
-        why: h.sentence.to_string(),
+        why: if h.sentence.is_empty() { default.into() } else { h.sentence.to_string() },
         remedy: format!("look at status, then repeat `{}` if it is still wanted", h.verb),
     })
 }

@@ -174,7 +174,9 @@ fn problems_names_what_is_not_in_order_and_is_a_header_when_all_is() {
     }
     edit(&mut w, 13, |v| v.why = Some("two devices".into()));
     edit(&mut w, 12, |v| v.history.push_back(Arc::new(history_row(Verb::Delete, Outcome::Interrupted))));
-    edit_job(&mut w, 2, |j| j.error = failure(Error::Several { lines: vec![(disk("a"), Error::Stale), (disk("b"), Error::Stale)] }));
+    edit_job(&mut w, 2, |j| {
+        j.error = failure(Error::Several { lines: vec![(disk("a"), Error::Stale), (disk("b"), Error::Stale)] })
+    });
     let record = w.record;
     let mut marked = (*w.unclaimed[&vol(4)]).clone();
     let mut cloud = (*marked.cloud).clone();
@@ -188,8 +190,16 @@ fn problems_names_what_is_not_in_order_and_is_a_header_when_all_is() {
         assert!(line.split('\t').all(|c| !c.is_empty() && c != "-"), "{line}");
     }
     let whats: Vec<&str> = text.lines().skip(1).map(|l| l.split('\t').nth(2).unwrap()).collect();
-    let expected =
-        ["down", "attach failed (ENOENT)", "attach failed (ESTALE)", "lost", "missing", "delete interrupted", "conflict", "marked"];
+    let expected = [
+        "down",
+        "attach failed (ENOENT)",
+        "attach failed (ESTALE)",
+        "lost",
+        "missing",
+        "delete interrupted",
+        "conflict",
+        "marked",
+    ];
     assert_eq!(whats, expected);
     assert!(text.contains("two devices"));
 }
@@ -202,7 +212,8 @@ fn control_says_what_is_allowed_and_can_never_be_a_command() {
         let text = a.text(&path).unwrap();
         assert!(text.starts_with('#') && text.lines().count() > 1, "{text}");
         assert!(text.lines().skip(1).all(|l| l.ends_with("\tallowed") || l.contains("\tno: ")), "{text}");
-        verbs.push(text.lines().skip(1).map(|l| l.split('\t').next().unwrap().to_owned()).collect::<Vec<_>>().join(" "));
+        verbs
+            .push(text.lines().skip(1).map(|l| l.split('\t').next().unwrap().to_owned()).collect::<Vec<_>>().join(" "));
         for place in [crate::command::Place::Root, crate::command::Place::Job, crate::command::Place::Volume] {
             assert!(crate::command::parse(text.as_bytes(), place).is_err());
         }
@@ -273,12 +284,13 @@ fn metrics_are_well_formed() {
     w.counters = counters;
     let text = of(w, "metrics");
     let name_ok = |n: &str| n.starts_with("volfs_") && n.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
-    let (mut family, mut kind, mut seen) = ("", "", std::collections::HashSet::new());
+    let (mut family, mut kind) = ("", "");
+    let (mut families, mut samples) = (std::collections::HashSet::new(), std::collections::HashSet::new());
     for line in text.lines() {
         if let Some(help) = line.strip_prefix("# HELP ") {
             let (name, words) = help.split_once(' ').unwrap();
             assert!(name_ok(name) && !words.is_empty(), "{line}");
-            assert!(seen.insert(name.to_owned()), "one family each: {line}");
+            assert!(families.insert(name.to_owned()), "one family each: {line}");
             family = name;
         } else if let Some(of) = line.strip_prefix("# TYPE ") {
             let (name, k) = of.split_once(' ').unwrap();
@@ -290,7 +302,7 @@ fn metrics_are_well_formed() {
             assert_eq!(series.split('{').next().unwrap(), family, "{line}");
             assert!(["gauge", "counter"].contains(&kind));
             assert!(value.parse::<f64>().is_ok(), "{line}");
-            assert!(seen.insert(series.to_owned()), "one sample each: {line}");
+            assert!(samples.insert(series.to_owned()), "one sample each: {line}");
         }
     }
     for sample in [

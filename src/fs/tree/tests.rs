@@ -150,7 +150,9 @@ fn block_and_exports_are_the_mapping_and_end_with_it() {
 #[test]
 fn while_detaching_the_device_is_withdrawn_from_the_first_moment() {
     let mut w = world();
-    edit(&mut w, 11, |v| v.running = Some(crate::engine::world::Running { op: OpId(1), verb: Verb::Detach, withdrawn: true }));
+    edit(&mut w, 11, |v| {
+        v.running = Some(crate::engine::world::Running { op: OpId(1), verb: Verb::Detach, withdrawn: true })
+    });
     let a = Asked::new(w);
     assert_eq!(a.find(&format!("jobs/a/volumes/{}/block", vol(1))), Err(Errno::ENOENT));
     assert_eq!(a.names("exports").unwrap(), [""; 0]);
