@@ -2,13 +2,13 @@
 
 mod bring;
 mod common;
+mod concurrency;
 mod crash;
+mod events;
 mod rules;
 mod shells;
 mod statuses;
 mod table;
-mod concurrency;
-mod events;
 mod waiting;
 
 use common::Volfs;
