@@ -178,7 +178,7 @@ impl Engine {
         let Some(engine) = self.me.upgrade() else { return Ticket::done(Err(Error::ShuttingDown)) };
         let clock = std::time::Instant::now();
         self.runtime.spawn(async move {
-            let Small { verb, command, job, id, change, undo, apply, give_up } = small;
+            let Small { verb, command, job, id, mut change, undo, apply, give_up } = small;
             let at = (engine.clock)();
             let op = engine.core.lock().next_op();
             let row = OpRow {
@@ -198,6 +198,7 @@ impl Engine {
                 began: at,
                 ended: Some((Outcome::Done, String::new(), at)),
             };
+            change.date(at);
             // The job's row comes first where the operation's refers to it.
             let batch = vec![change, Change::OpBegin(Box::new(row))];
             let mut commit = std::pin::pin!(engine.store.commit(batch));
@@ -232,7 +233,7 @@ impl Engine {
             match outcome {
                 Ok(()) => {
                     engine.store_health(None);
-                    engine.publish(|core, at| {
+                    engine.publish_at(at, |core, at| {
                         let took_ms = u64::try_from(clock.elapsed().as_millis()).unwrap_or(u64::MAX);
                         let caller = Arc::new(caller);
                         apply(core, at);
@@ -403,9 +404,6 @@ impl Engine {
         if *named != job.id {
             let (given, this) = (named.to_string(), job.id.to_string());
             return Verdict::Deny(Error::WrongName { verb: Verb::Destroy, given, this });
-        }
-        if job.hold.0 {
-            return Verdict::Deny(Error::Held { job: job.id.clone() });
         }
         if let Some(op) = job.creating.values().next() {
             return Verdict::Deny(in_flight(core, *op, format!("job {}", job.id)));

@@ -415,6 +415,10 @@ impl Engine {
             }
             None => None,
         };
+        let taking = matches!(action.verb(), Verb::Destroy | Verb::Revert | Verb::Move);
+        if job.hold.0 && taking {
+            return Verdict::Deny(Error::Held { job: job.id.clone() });
+        }
         match action {
             Action::Create { disk, .. } => begun(disk).unwrap_or(Verdict::Start),
             Action::Claim { volume, disk, from } => {
@@ -455,22 +459,16 @@ impl Engine {
             {
                 Verdict::Deny(Error::Unsupported { provider: self.about.name, what: action.verb().to_string() })
             }
-            Action::Move { job: to } => {
-                if job.hold.0 {
-                    return Verdict::Deny(Error::Held { job: job.id.clone() });
-                }
-                match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
-                    None => Verdict::Deny(Error::NoSuchJob { job: to.clone() }),
-                    Some(there) if there.row == row => Verdict::AlreadyDone,
-                    Some(there) => {
-                        match job.disks.keys().find(|d| there.disks.contains_key(*d) || there.creating.contains_key(*d))
-                        {
-                            Some(disk) => Verdict::Deny(Error::DiskExists { job: to.clone(), disk: disk.clone() }),
-                            None => Verdict::Start,
-                        }
+            Action::Move { job: to } => match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
+                None => Verdict::Deny(Error::NoSuchJob { job: to.clone() }),
+                Some(there) if there.row == row => Verdict::AlreadyDone,
+                Some(there) => {
+                    match job.disks.keys().find(|d| there.disks.contains_key(*d) || there.creating.contains_key(*d)) {
+                        Some(disk) => Verdict::Deny(Error::DiskExists { job: to.clone(), disk: disk.clone() }),
+                        None => Verdict::Start,
                     }
                 }
-            }
+            },
             _ => Verdict::Start,
         }
     }

@@ -142,7 +142,9 @@ impl Engine {
             let core = self.core.lock();
             settled.into_iter().filter(|s| still(&core, s)).collect()
         };
-        let changes: Vec<Change> = settled.iter().flat_map(|s| s.changes.iter().cloned()).collect();
+        let at = (self.clock)();
+        let mut changes: Vec<Change> = settled.iter().flat_map(|s| s.changes.iter().cloned()).collect();
+        changes.iter_mut().for_each(|change| change.date(at));
         let mut recorded = true;
         if !changes.is_empty() && self.read_only.is_none() {
             let outcome = self.store.commit(changes).await;
@@ -152,7 +154,7 @@ impl Engine {
                 .map(|e| Error::NotRecorded { what: "what reconciling found".into(), words: e.to_string() });
             self.store_health(failed.as_ref());
         }
-        self.publish(|core, at| {
+        self.publish_at(at, |core, at| {
             for s in settled {
                 if still(core, &s) {
                     core.show(s, recorded, at);

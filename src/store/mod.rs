@@ -101,6 +101,31 @@ pub enum Change {
     OpVolume { id: OpId, volume: VolumeId },
 }
 
+impl Change {
+    /// Dates the change: what is recorded and what is shown of one commit have one time.
+    pub fn date(&mut self, now: Timestamp) {
+        match self {
+            Change::JobAdd { at, .. }
+            | Change::JobForget { at, .. }
+            | Change::JobVmName { at, .. }
+            | Change::JobHold { at, .. }
+            | Change::VolumeAdd { at, .. }
+            | Change::VolumeStatus { at, .. }
+            | Change::VolumeGone { at, .. }
+            | Change::DiskAdd { at, .. }
+            | Change::DiskRename { at, .. }
+            | Change::MappingSet(MappingRow { at, .. })
+            | Change::OpEnd { at, .. } => *at = now,
+            Change::VolumeFacts { .. }
+            | Change::DiskEnd { .. }
+            | Change::MappingEnd { .. }
+            | Change::OpBegin(_)
+            | Change::OpStep { .. }
+            | Change::OpVolume { .. } => {}
+        }
+    }
+}
+
 /// A row of `device_mappings`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MappingRow {
