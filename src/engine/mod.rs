@@ -530,7 +530,11 @@ impl Engine {
         let live = self.core.lock().live.get(&id).cloned().ok_or(Error::NoSuchOperation { id })?;
         if !live.take_end() {
             let running = command::spell(&live.action);
-            return Err(Error::InFlight { running, id, object: "the record: it has its answer and ends by itself".into() });
+            return Err(Error::InFlight {
+                running,
+                id,
+                object: "the record: it has its answer and ends by itself".into(),
+            });
         }
         let at = (self.clock)();
         let error = Error::Abandoned { id };

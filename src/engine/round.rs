@@ -272,8 +272,7 @@ impl Engine {
                 by_volume.entry(volume.uuid).or_default().push(disk.clone());
             }
         }
-        let any_absent =
-            by_id.as_ref().is_some_and(|map| world.by_uuid.keys().any(|volume| !map.contains_key(volume)));
+        let any_absent = by_id.as_ref().is_some_and(|map| world.by_uuid.keys().any(|volume| !map.contains_key(volume)));
         let sees_us = any_absent && self.sees_us().await;
         let mut settled = Vec::new();
         for before in world.volumes.values().filter(|v| v.running.is_none()) {
