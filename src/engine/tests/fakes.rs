@@ -4,12 +4,13 @@
 //! fakes belong to a *life*: after a kill its store and cloud never answer again, as for a process
 //! that is gone, and [`Lab::start`] begins the next life from what was committed.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use imbl::{OrdMap, OrdSet};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, Semaphore, broadcast};
 
@@ -85,6 +86,7 @@ pub enum Held {
     NotFlushed,
 }
 
+#[derive(Clone)]
 pub struct Job {
     pub loaded: JobLoaded,
     pub forgotten: bool,
@@ -112,17 +114,17 @@ pub struct Own {
     pub at: Timestamp,
 }
 
-#[derive(Default)]
+#[derive(Default, Clone)]
 pub struct Record {
-    pub jobs: BTreeMap<JobRow, Job>,
-    pub volumes: BTreeMap<VolumeId, Vol>,
-    pub owns: BTreeMap<DiskRow, Own>,
-    pub mappings: BTreeMap<VolumeId, MappingRow>,
-    pub ops: BTreeMap<OpId, OpRow>,
+    pub jobs: OrdMap<JobRow, Job>,
+    pub volumes: OrdMap<VolumeId, Vol>,
+    pub owns: OrdMap<DiskRow, Own>,
+    pub mappings: OrdMap<VolumeId, MappingRow>,
+    pub ops: OrdMap<OpId, OpRow>,
     pub batches: Vec<Vec<Change>>,
     pub high: [i64; 5],
     /// Ownership rows ever used.
-    pub rows: BTreeSet<DiskRow>,
+    pub rows: OrdSet<DiskRow>,
     pub epoch: u64,
     /// Every commit fails while set.
     pub broken: bool,
@@ -464,6 +466,34 @@ impl Lab {
         self.state().kernel.disks.iter().filter(|d| d.identity.names(volume)).cloned().collect()
     }
 
+    /// A record with a job of so many detached volumes, and a cloud that agrees.
+    pub fn fill(&self, count: i64) -> JobRow {
+        let job = JobRow(1);
+        let at = Timestamp(0);
+        let mut state = self.state();
+        state.record.take(&[Change::JobAdd { row: job, id: job_id("many"), at }]).unwrap();
+        for n in 1..=count {
+            let volume = VolumeId::random();
+            let epoch = u64::try_from(n).unwrap();
+            let mark = Some(Mark { record: self.record_id(), epoch });
+            let name = "filled".to_owned();
+            let batch = [
+                Change::VolumeAdd { row: VolumeRow(n), volume, name: name.clone(), size: GIB, at },
+                Change::VolumeStatus { volume, status: Status::Detached, at },
+            ];
+            state.record.take(&batch).unwrap();
+            let own = Own { job, disk: disk_name(&format!("d{n}")), volume, epoch, at };
+            state.record.owns.insert(DiskRow(n), own);
+            state.record.used(2, n);
+            state.record.epoch = epoch;
+            let (state_word, attached) = ("Ready".into(), None);
+            let seen =
+                CloudVolume { id: volume, name, size: GIB, state: state_word, attached, mark, carries_host: None };
+            state.sky.volumes.insert(volume, seen);
+        }
+        job
+    }
+
     /// A volume that somebody else made.
     pub fn foreign(&self, size: u64, mark: Option<Mark>) -> VolumeId {
         let id = VolumeId::random();
@@ -738,7 +768,7 @@ impl Record {
                 if self.volume(volume)?.gone {
                     return constraint(format!("volume {volume} is gone"));
                 }
-                if self.owns.values().any(|o| o.volume == volume) || !self.rows.insert(row) {
+                if self.owns.values().any(|o| o.volume == volume) || self.rows.insert(row).is_some() {
                     return constraint(format!("volume {volume} has an owner, or row {row} was used"));
                 }
                 self.used(2, row.0);
@@ -791,36 +821,22 @@ impl Record {
         Ok(())
     }
 
-    /// A copy of the tables, to go back to when a batch is refused half way.
-    fn snapshot(&self) -> Record {
-        Record {
-            jobs: self
-                .jobs
-                .iter()
-                .map(|(k, j)| (*k, Job { loaded: j.loaded.clone(), forgotten: j.forgotten }))
-                .collect(),
-            volumes: self.volumes.clone(),
-            owns: self.owns.clone(),
-            mappings: self.mappings.clone(),
-            ops: self.ops.clone(),
-            batches: Vec::new(),
-            high: self.high,
-            rows: self.rows.clone(),
-            epoch: self.epoch,
-            broken: self.broken,
-        }
+    fn tables(&mut self) -> Record {
+        let batches = std::mem::take(&mut self.batches);
+        let tables = self.clone();
+        self.batches = batches;
+        tables
     }
 
     fn take(&mut self, batch: &[Change]) -> Result<(), StoreError> {
-        let before = self.snapshot();
+        // Tables share their structure: a batch that is refused half way leaves them as they were.
+        let mut after = self.tables();
         for change in batch {
-            if let Err(error) = self.apply(change) {
-                let batches = std::mem::take(&mut self.batches);
-                *self = Record { batches, ..before };
-                return Err(error);
-            }
+            after.apply(change)?;
         }
-        self.batches.push(batch.to_vec());
+        after.batches = std::mem::take(&mut self.batches);
+        after.batches.push(batch.to_vec());
+        *self = after;
         Ok(())
     }
 }

@@ -292,3 +292,31 @@ async fn a_watcher_that_calls_back_into_the_engine_does_not_deadlock() {
     tokio::time::timeout(Duration::from_secs(5), make).await.ok();
     assert!(engine.world().seq > 0);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_command_does_no_work_for_each_of_ten_thousand_volumes() {
+    let mut costs = Vec::new();
+    for count in [100, 10_000] {
+        let lab = Lab::new();
+        let job = lab.fill(count);
+        let engine = lab.start().await;
+        let world = engine.world();
+        assert!(world.volumes.values().all(|v| v.status() == Status::Detached));
+        let row = world.jobs[&job].disks[&disk_name("d7")];
+        let other = lab.job(&engine, "other").await;
+        let before = std::time::Instant::now();
+        for n in 0..100 {
+            lab.run(&engine, Target::Volume(row), detach()).await.unwrap();
+            lab.run(&engine, Target::Volume(row), Action::Resize { size: GIB / 2 }).await.unwrap_err();
+            let size = GIB + 1 + n;
+            lab.run(&engine, Target::Volume(row), Action::Resize { size }).await.unwrap();
+            // The job with many is the one that is walked if any is.
+            lab.script(At::Create, Act::Refuse(Refusal::Other));
+            lab.run(&engine, Target::Job(job), create("new", GIB)).await.unwrap_err();
+        }
+        costs.push(before.elapsed());
+        engine.forget_job(other, root()).wait().await.unwrap();
+    }
+    // Trees are a little deeper; a walk of all volumes at each command would be a hundred times as much.
+    assert!(costs[1] < costs[0] * 10, "{costs:?}");
+}

@@ -207,7 +207,7 @@ async fn whatever_is_asked_and_whatever_fails_no_device_is_wrong_and_nothing_is_
     let mut ends = std::collections::BTreeMap::new();
     let mut lives = 0;
     for seed in 1..=300u64 {
-        let lab = Lab::new();
+        let lab = Lab::with(|about| about.detach_wants_sole_opener = seed % 2 == 0);
         let engine = lab.start().await;
         lab.job(&engine, "j").await;
         lab.job(&engine, "k").await;
