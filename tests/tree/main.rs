@@ -1,6 +1,8 @@
 //! The tree through a real mount, as a user would: real shells, real loop devices.
 
 mod common;
+mod errors;
+mod identity;
 mod rules;
 mod shells;
 
