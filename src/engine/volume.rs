@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::Engine;
 use super::core::Live;
-use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail};
+use super::operation::{Acted, Done, Fail, LOOK_AGAIN, changed, cloud_fail};
 use super::world::{Mapping, Volume};
 use crate::cloud::CloudVolume;
 use crate::devices::DevicesError;
@@ -107,11 +107,15 @@ impl Engine {
             Some(at) if at.vm != vm => {
                 return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
             }
+            // Somebody else's attachment in another place is not ours to take away.
+            Some(at) if !live.recovering && slot.is_some_and(|s| at.device_id != Some(s.number())) => {
+                return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm }));
+            }
             Some(_) => {}
             None => self.call_attach(live, &volume, vm, slot, &what).await?,
         }
         if vm == self.host {
-            self.prove_here(live, row, &what).await
+            self.prove_here(live, row, slot, &what).await
         } else {
             self.prove_there(live, row, vm, slot, &what).await
         }
@@ -160,7 +164,7 @@ impl Engine {
     }
 
     /// On this host it is done when the device is present and verified.
-    async fn prove_here(self: &Arc<Self>, live: &Live, row: DiskRow, what: &str) -> Acted {
+    async fn prove_here(self: &Arc<Self>, live: &Live, row: DiskRow, slot: Option<Slot>, what: &str) -> Acted {
         let mut changes = self.devices.changes();
         self.step(live, "wait for the device")?;
         let mapping = loop {
@@ -181,9 +185,9 @@ impl Engine {
             if live.stopping() {
                 return Err(Fail::ambiguous(Error::Cancelled));
             }
-            // A change may be about any disk; a closed or lagging channel still leaves the tick.
+            // A change may be about any disk.
             tokio::select! {
-                _ = changes.recv() => {}
+                () = changed(&mut changes) => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         };
@@ -192,6 +196,10 @@ impl Engine {
         if seen.attached.map(|a| a.vm) != Some(self.host) {
             let why = "the device is here, but the cloud does not say attached here".into();
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
+        }
+        if let Err(fail) = self.in_place(live, &volume, &seen, slot, what).await {
+            mapping.pin.release();
+            return Err(fail);
         }
         let fits = if self.exact_size { mapping.size == seen.size } else { mapping.size >= seen.size };
         if !fits {
@@ -237,6 +245,31 @@ impl Engine {
         })
     }
 
+    /// An id that was asked for is verified, or the volume is detached again (C3). Recovery takes nothing away.
+    async fn in_place(
+        &self,
+        live: &Live,
+        volume: &Volume,
+        seen: &CloudVolume,
+        slot: Option<Slot>,
+        what: &str,
+    ) -> Result<(), Fail> {
+        let (Some(slot), Some(at)) = (slot, seen.attached) else { return Ok(()) };
+        if at.device_id == Some(slot.number()) {
+            return Ok(());
+        }
+        let words = format!("device id {} was asked for, {:?} was given", slot.number(), at.device_id);
+        let error = Error::CloudRefused { what: what.into(), words };
+        if live.recovering {
+            return Err(Fail::ambiguous(error));
+        }
+        self.step(live, "the cloud gave another device id: detach again")?;
+        match self.cloud.detach(volume.uuid, at.vm, false).await {
+            Ok(()) => Err(Fail::clean(error)),
+            Err(e) => Err(Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error)),
+        }
+    }
+
     /// On another VM it is done when the cloud says so, in the place that was asked for.
     async fn prove_there(
         self: &Arc<Self>,
@@ -252,18 +285,7 @@ impl Engine {
             let why = format!("the cloud does not say attached to VM {vm} after it said done");
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
         }
-        let got = seen.attached.and_then(|a| a.device_id);
-        if let Some(slot) = slot
-            && got != Some(slot.number())
-        {
-            self.step(live, "the cloud gave another device id: detach again")?;
-            self.cloud
-                .detach(volume.uuid, vm, false)
-                .await
-                .map_err(|e| Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error))?;
-            let words = format!("device id {} was asked for, {got:?} was given; it is detached again", slot.number());
-            return Err(Fail::clean(Error::CloudRefused { what: what.into(), words }));
-        }
+        self.in_place(live, &volume, &seen, slot, what).await?;
         let at = (self.clock)();
         let map_row = self.core.lock().next_mapping();
         let changes = vec![
@@ -405,8 +427,13 @@ impl Engine {
         }
         if let Err(fail) = self.call_detach(live, volume, self.host, force, what).await {
             let busy = matches!(fail.error, Error::CloudBusy { .. });
-            self.pin_again(volume, &disk).await?;
-            if busy && !fail.ambiguous {
+            let pinned = self.pin_again(live, volume, &disk).await;
+            if fail.ambiguous {
+                // It may have happened, and then there is nothing to pin: the look after it decides.
+                return Err(fail);
+            }
+            pinned?;
+            if busy {
                 let dev = disk.dev;
                 let mut holders = self.kernel(move |devices| devices.holders(dev)).await.unwrap_or_default();
                 if holders.is_empty() {
@@ -420,9 +447,14 @@ impl Engine {
     }
 
     /// After a refused detach: our descriptor back on the same incarnation, under the same row.
-    async fn pin_again(self: &Arc<Self>, volume: &Arc<Volume>, disk: &Disk) -> Result<(), Fail> {
+    async fn pin_again(self: &Arc<Self>, live: &Live, volume: &Arc<Volume>, disk: &Disk) -> Result<(), Fail> {
         let mapping = self.map(volume, disk).await.map_err(cannot_tell)?;
-        self.publish(|core, at| core.with_volume(volume.row, at, |v| v.mapping = Some(mapping)));
+        self.publish(|core, at| {
+            // Abandoned meanwhile: reconciling has the volume.
+            if core.owns(live) {
+                core.with_volume(volume.row, at, |v| v.mapping = Some(mapping));
+            }
+        });
         Ok(())
     }
 
@@ -463,7 +495,7 @@ impl Engine {
                 return Err(Fail::ambiguous(Error::Cancelled));
             }
             tokio::select! {
-                _ = changes.recv() => {}
+                () = changed(&mut changes) => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         }
@@ -500,9 +532,10 @@ impl Engine {
         }
         self.step(live, "the cloud resizes it")?;
         failpoint::reach("resize.before-call").await;
-        let size = match self.patiently(&what, Some(volume.uuid), || self.cloud.resize(volume.uuid, size)).await {
-            Ok(size) => size,
-            Err(fail) => return Err(fail),
+        // It has that size already: nothing to call, which is also all that recovery ever does here.
+        let size = match size == seen.size {
+            true => size,
+            false => self.patiently(&what, Some(volume.uuid), || self.cloud.resize(volume.uuid, size)).await?,
         };
         failpoint::reach("resize.after-call").await;
         let mapping = match &volume.mapping {
@@ -558,7 +591,7 @@ impl Engine {
                 return Err(Fail::ambiguous(Error::Cancelled));
             }
             tokio::select! {
-                _ = changes.recv() => {}
+                () = changed(&mut changes) => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         }
@@ -588,7 +621,7 @@ impl Engine {
             {
                 Ok(until) => until,
                 Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {
-                    Ok(None) => None,
+                    Ok(None) if self.sees_us().await => None,
                     _ => return Err(fail),
                 },
                 Err(fail) => return Err(fail),

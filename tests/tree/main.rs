@@ -1,10 +1,17 @@
 //! The tree through a real mount, as a user would: real shells, real loop devices.
 
+mod bring;
 mod common;
+mod concurrency;
+mod crash;
 mod errors;
+mod events;
 mod identity;
 mod rules;
 mod shells;
+mod statuses;
+mod table;
+mod waiting;
 
 use common::Volfs;
 
