@@ -105,9 +105,9 @@ impl Engine {
                 verb: Verb::Rmdir,
                 command: format!("rmdir {id}"),
                 job: row,
-                id,
+                id: id.clone(),
                 change: Change::JobForget { row, at },
-                undo: Vec::new(),
+                undo: vec![Change::JobAdd { row, id, at }],
                 apply: Box::new(move |core, at| core.remove_job(row, at)),
                 give_up: Box::new(move |core, at| core.with_job(row, at, |job| job.running = None)),
             },
@@ -214,18 +214,19 @@ impl Engine {
                     let error = fail("no answer within a second".into());
                     engine.note_failure(target, verb.as_str(), &caller, &error);
                     answer.complete(Err(error));
-                    let late = commit.await;
-                    if late.is_ok() && !undo.is_empty() {
-                        if let Err(error) = engine.store.commit(undo).await {
+                    // What is shown follows the record, also where that cannot be taken back.
+                    let stays = match commit.await {
+                        Ok(()) => engine.store.commit(undo).await.err(),
+                        Err(_) => None,
+                    };
+                    match stays {
+                        Some(error) => {
                             tracing::error!(
                                 "`{command}` was refused, is in the record all the same, and stays: {error}"
                             );
+                            engine.publish(apply);
                         }
-                        engine.publish(give_up);
-                    } else if late.is_ok() {
-                        engine.publish(apply);
-                    } else {
-                        engine.publish(give_up);
+                        None => engine.publish(give_up),
                     }
                     return;
                 }

@@ -454,6 +454,7 @@ impl Engine {
                 }
             }
             Action::Destroy { job: named } => Engine::admit_destroy(core, job, named),
+            Action::Revert { .. } if job.hold.0 => Verdict::Deny(Error::Held { job: job.id.clone() }),
             Action::Snapshot { .. } | Action::Revert { .. } | Action::DeleteSnapshot { .. }
                 if !self.about.snapshots =>
             {
@@ -584,9 +585,14 @@ impl Engine {
     }
 
     /// Who has the device, from a walk of /proc that callers share. Empty: nobody, or no device.
+    /// `CannotTell` where there may be a device that is not verified (rule R9).
     pub fn holders(&self, volume: DiskRow) -> Ticket<Arc<Vec<Holder>>> {
         let dev = match self.world().volumes.get(&volume) {
             None => return Ticket::done(Err(Error::Departed)),
+            Some(volume) if matches!(volume.base, Status::Unknown | Status::Conflict) => {
+                let why = format!("volume {} is {}, and so is its device", volume.uuid, volume.base);
+                return Ticket::done(Err(Error::CannotTell { why }));
+            }
             Some(volume) => volume.mapping.as_ref().filter(|m| m.pin.alive()).map(|m| m.dev),
         };
         let Some(dev) = dev else { return Ticket::done(Ok(Arc::new(Vec::new()))) };

@@ -58,7 +58,7 @@ pub enum StoreError {
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
 pub enum Change {
-    /// A new job.
+    /// A new job; or a forgotten one as it was, when row and name are its own.
     JobAdd { row: JobRow, id: JobId, at: Timestamp },
     /// A job that owns nothing is marked forgotten; its name is free again.
     JobForget { row: JobRow, at: Timestamp },
