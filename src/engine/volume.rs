@@ -12,7 +12,7 @@ use crate::cloud::CloudVolume;
 use crate::devices::DevicesError;
 use crate::error::Error;
 use crate::failpoint;
-use crate::model::{Disk, DiskRow, Holder, HolderKind, Slot, Status, VmId};
+use crate::model::{Disk, DiskRow, Holder, HolderKind, Slot, Status, VmId, VolumeId};
 use crate::store::{Change, MappedDevice, MappingRow};
 
 fn cannot_tell(error: DevicesError) -> Fail {
@@ -63,6 +63,13 @@ pub(super) fn mapping_row(volume: &Volume, mapping: &Mapping, host: VmId) -> Map
     }
 }
 
+/// It is attached there, but not in the place that was asked for (C3: an id asked for is verified).
+pub(super) fn other_slot(volume: VolumeId, have: Option<u32>) -> Error {
+    let have = have.map_or_else(|| "an unknown number".into(), |n| n.to_string());
+    let words = format!("it is attached there as device {have} already: detach it first");
+    Error::CloudBusy { volume, what: "another device id".into(), words }
+}
+
 impl Engine {
     /// Pins a disk and makes a mapping of it; the row of the volume's mapping stays while the
     /// incarnation does, so that node ids stay.
@@ -107,11 +114,14 @@ impl Engine {
             Some(at) if at.vm != vm => {
                 return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
             }
+            Some(at) if slot.is_some_and(|slot| at.device_id != Some(slot.number())) => {
+                return Err(Fail::clean(other_slot(volume.uuid, at.device_id)));
+            }
             Some(_) => {}
             None => self.call_attach(live, &volume, vm, slot, &what).await?,
         }
         if vm == self.host {
-            self.prove_here(live, row, &what).await
+            self.prove_here(live, row, slot, &what).await
         } else {
             self.prove_there(live, row, vm, slot, &what).await
         }
@@ -160,7 +170,7 @@ impl Engine {
     }
 
     /// On this host it is done when the device is present and verified.
-    async fn prove_here(self: &Arc<Self>, live: &Live, row: DiskRow, what: &str) -> Acted {
+    async fn prove_here(self: &Arc<Self>, live: &Live, row: DiskRow, slot: Option<Slot>, what: &str) -> Acted {
         let mut changes = self.devices.changes();
         self.step(live, "wait for the device")?;
         let mapping = loop {
@@ -192,6 +202,11 @@ impl Engine {
         if seen.attached.map(|a| a.vm) != Some(self.host) {
             let why = "the device is here, but the cloud does not say attached here".into();
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
+        }
+        let got = seen.attached.and_then(|a| a.device_id);
+        if let Some(slot) = slot.filter(|slot| got != Some(slot.number())) {
+            mapping.pin.release();
+            return Err(self.wrong_slot(live, &volume, self.host, slot, got, what).await?);
         }
         let fits = if self.exact_size { mapping.size == seen.size } else { mapping.size >= seen.size };
         if !fits {
@@ -253,16 +268,8 @@ impl Engine {
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
         }
         let got = seen.attached.and_then(|a| a.device_id);
-        if let Some(slot) = slot
-            && got != Some(slot.number())
-        {
-            self.step(live, "the cloud gave another device id: detach again")?;
-            self.cloud
-                .detach(volume.uuid, vm, false)
-                .await
-                .map_err(|e| Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error))?;
-            let words = format!("device id {} was asked for, {got:?} was given; it is detached again", slot.number());
-            return Err(Fail::clean(Error::CloudRefused { what: what.into(), words }));
+        if let Some(slot) = slot.filter(|slot| got != Some(slot.number())) {
+            return Err(self.wrong_slot(live, &volume, vm, slot, got, what).await?);
         }
         let at = (self.clock)();
         let map_row = self.core.lock().next_mapping();
@@ -285,6 +292,27 @@ impl Engine {
             })),
             look: None,
         })
+    }
+
+    /// An id asked for and not given: what this very operation attached is detached again (C3).
+    /// `Ok` is the clean failure that the operation then ends with.
+    async fn wrong_slot(
+        &self,
+        live: &Live,
+        volume: &Volume,
+        vm: VmId,
+        slot: Slot,
+        got: Option<u32>,
+        what: &str,
+    ) -> Result<Fail, Fail> {
+        self.step(live, "the cloud gave another device id: detach again").map_err(|f| Fail::ambiguous(f.error))?;
+        self.cloud
+            .detach(volume.uuid, vm, false)
+            .await
+            .map_err(|e| Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error))?;
+        let given = got.map_or_else(|| "none".into(), |n| n.to_string());
+        let words = format!("device id {} was asked for, {given} was given; it is detached again", slot.number());
+        Ok(Fail::clean(Error::CloudRefused { what: what.into(), words }))
     }
 
     pub(super) async fn detach(self: &Arc<Self>, live: &Live, row: DiskRow, vm: Option<VmId>, force: bool) -> Acted {
