@@ -319,13 +319,33 @@ fn c2_a_protected_volume_cannot_be_claimed_and_has_no_verb() {
 }
 
 #[test]
-fn c2_a_disk_that_carries_a_mounted_filesystem_cannot_be_claimed() {
+fn c2_a_disk_that_carries_volfss_own_state_cannot_be_claimed() {
+    let mut first = quiet();
+    let uuid = first.job("a", &["d"], "64M").remove(0);
+    done(&first, &uuid, "attach");
+    let device = of(&first, &uuid, "device");
+    let config = format!("{QUIET}[loop]\ndir = \"{}\"\n", first.state().join("loop").display());
+    let mut second = Volfs::prepare(&[], &config);
+    fs::create_dir_all(second.state()).unwrap();
+    first.ok(&format!("mkfs.ext4 -q {device} && mount {device} {}", second.state().display()));
+    let _mounted = Mounted(second.state());
+    first.terminate();
+    edit_meta(&first, &uuid, |m| m["mark"] = Value::Null);
+    second.launch();
+    job(&second, "b");
+    assert_eq!(second.write("jobs/b/control", &format!("claim {uuid} d")), EPERM, "{}", second.log());
+    let error = second.read("jobs/b/error").unwrap();
+    assert!(error.contains("carries") && error.contains(&second.state().display().to_string()), "{error}");
+    assert_eq!(meta(&first, &uuid)["mark"], Value::Null);
+    second.terminate();
+}
+
+#[test]
+fn c2_a_mounted_volume_can_be_claimed_and_stays_in_use() {
     let volfs = quiet();
     let uuid = &volfs.job("a", &["d"], "8M")[0];
     done(&volfs, uuid, "attach");
     let device = of(&volfs, uuid, "device");
-    // Given up while it is attached: the record forgets it, the device stays.
-    done(&volfs, uuid, "move a");
     edit_meta(&volfs, uuid, |m| m["mark"] = FOREIGN.into());
     assert_eq!(tell(&volfs, uuid, "reconcile"), EHOSTUNREACH);
     done(&volfs, uuid, &format!("release {uuid}"));
@@ -334,9 +354,10 @@ fn c2_a_disk_that_carries_a_mounted_filesystem_cannot_be_claimed() {
     fs::create_dir(&at).unwrap();
     volfs.ok(&format!("mkfs.ext4 -q {device} && mount {device} {}", at.display()));
     let _mounted = Mounted(at);
-    assert_eq!(volfs.write("jobs/a/control", &format!("claim {uuid} d")), EPERM, "{}", volfs.log());
-    assert!(volfs.read("jobs/a/error").unwrap().contains("mounted"), "{:?}", volfs.read("jobs/a/error"));
-    assert_eq!(meta(&volfs, uuid)["mark"], Value::Null);
+    job(&volfs, "b");
+    assert_eq!(volfs.write("jobs/b/control", &format!("claim {uuid} d")), 0, "{}", volfs.log());
+    assert_eq!(of(&volfs, uuid, "device"), device);
+    assert_eq!(tell(&volfs, uuid, "detach"), EBUSY);
 }
 
 struct Mounted(std::path::PathBuf);
@@ -644,7 +665,6 @@ fn c5_resize_grows_and_the_kernel_shows_it() {
     done(&volfs, uuid, "resize 4194305");
     assert_eq!(kernel(), of(&volfs, uuid, "size"));
     assert!(of(&volfs, uuid, "size").parse::<u64>().unwrap() >= 4194305);
-    done(&volfs, uuid, "resize 4194305");
     assert_eq!(tell(&volfs, uuid, "resize"), EINVAL);
     assert_eq!(tell(&volfs, uuid, "resize 0"), EINVAL);
     done(&volfs, uuid, "detach");
