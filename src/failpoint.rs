@@ -1,18 +1,21 @@
 //! Named points at which a test build can be killed, held, or made to fail.
 //!
 //! `VOLFS_FAILPOINTS="NAME=ACTION[;NAME=ACTION…]"`; actions are `kill` (SIGKILL to ourselves),
-//! `panic`, `fail` ([`hit`] answers true) and `wait:PATH` (stays while PATH exists). Compiled to
-//! nothing in release builds without the feature `failpoints`.
+//! `kill:PATH` (the same once PATH exists, at the hit whose number from then on it holds; empty: the
+//! first), `panic`, `fail` ([`hit`] answers true) and `wait:PATH` (stays while PATH exists). Compiled
+//! to nothing in release builds without the feature `failpoints`.
 
 #[cfg(any(debug_assertions, feature = "failpoints"))]
 mod live {
     use std::collections::HashMap;
     use std::path::{Path, PathBuf};
     use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicU64, Ordering};
     use std::time::Duration;
 
     enum What {
         Kill,
+        KillOnce(PathBuf, AtomicU64),
         Panic,
         Fail,
         Wait(PathBuf),
@@ -29,9 +32,10 @@ mod live {
                     "kill" => What::Kill,
                     "panic" => What::Panic,
                     "fail" => What::Fail,
-                    other => match other.strip_prefix("wait:") {
-                        Some(path) => What::Wait(PathBuf::from(path)),
-                        None => panic!("VOLFS_FAILPOINTS: unknown action {other}"),
+                    other => match other.split_once(':') {
+                        Some(("wait", path)) => What::Wait(path.into()),
+                        Some(("kill", path)) => What::KillOnce(path.into(), AtomicU64::new(0)),
+                        _ => panic!("VOLFS_FAILPOINTS: unknown action {other}"),
                     },
                 };
                 points.insert(name.to_owned(), what);
@@ -47,12 +51,21 @@ mod live {
 
     const LOOK_EVERY: Duration = Duration::from_millis(2);
 
+    fn die() -> ! {
+        // A process can always signal itself; were it refused, abort is as sudden.
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        std::process::abort()
+    }
+
     fn act(name: &str, what: &What) -> bool {
         match what {
-            What::Kill => {
-                // A process can always signal itself; were it refused, abort is as sudden.
-                let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
-                std::process::abort()
+            What::Kill => die(),
+            What::KillOnce(path, hits) => {
+                let Ok(text) = std::fs::read_to_string(path) else { return false };
+                if hits.fetch_add(1, Ordering::SeqCst) + 1 == text.trim().parse().unwrap_or(1) {
+                    die()
+                }
+                false
             }
             What::Panic => panic!("failpoint {name}"),
             What::Fail => true,

@@ -319,6 +319,7 @@ impl Engine {
             disks.iter().filter_map(|(d, r)| Some((d.clone(), world.volumes.get(r)?.clone()))).collect()
         };
         self.step(live, "test that no volume is in use")?;
+        let mut failed = Vec::new();
         for (disk, volume) in volumes(self) {
             if let Some(mapping) = &volume.mapping {
                 let dev = mapping.dev;
@@ -328,12 +329,13 @@ impl Engine {
                     .map_err(|e| Fail::clean(Error::CannotTell { why: e.to_string() }))?;
                 if !holders.is_empty() {
                     let device = format!("/dev/{}", mapping.name);
-                    let error = Error::InUse { volume: volume.uuid, device, holders };
-                    return Err(Fail::clean(Error::Several { lines: vec![(disk, error)] }));
+                    failed.push((disk, Error::InUse { volume: volume.uuid, device, holders }));
                 }
             }
         }
-        let mut failed = Vec::new();
+        if !failed.is_empty() {
+            return Err(Fail::clean(Error::Several { lines: failed }));
+        }
         for (disk, volume) in volumes(self).into_iter().filter(|(_, v)| v.base == Status::Attached) {
             self.step(live, "phase 1: detach all")?;
             if let Err(error) = self.part(live, &volume, Action::Detach { vm: None, force: false }).await {
@@ -348,14 +350,17 @@ impl Engine {
             if volume.base == Status::Missing {
                 continue;
             }
-            let seen = self
-                .look_ours(&volume, "destroy")
-                .await
-                .map_err(|fail| Fail::clean(Error::Several { lines: vec![(disk.clone(), fail.error)] }))?;
-            if let Some(at) = seen.attached {
-                let error = Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm };
-                return Err(Fail::clean(Error::Several { lines: vec![(disk, error)] }));
+            match self.look_ours(&volume, "destroy").await {
+                Err(fail) => failed.push((disk, fail.error)),
+                Ok(seen) => {
+                    if let Some(at) = seen.attached {
+                        failed.push((disk, Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
+                    }
+                }
             }
+        }
+        if !failed.is_empty() {
+            return Err(Fail::clean(Error::Several { lines: failed }));
         }
         let mut count = 0;
         for (disk, volume) in volumes(self) {

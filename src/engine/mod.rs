@@ -139,7 +139,7 @@ pub struct Engine {
     round_wanted: Arc<Notify>,
     closing: Arc<Notify>,
     rounds: tokio::sync::Mutex<()>,
-    looked: tokio::sync::watch::Sender<bool>,
+    rounds_ended: tokio::sync::watch::Sender<u64>,
 }
 
 type Watcher = Arc<dyn Fn(&Arc<World>) + Send + Sync>;
@@ -374,7 +374,9 @@ impl Engine {
             && let Action::Attach { slot: Some(slot), .. } = action
             && volume.device_id != Some(slot.number())
         {
-            return Verdict::Deny(volume::other_slot(volume.uuid, volume.device_id));
+            // C3: an id asked for is verified, also where there is nothing left to do.
+            let vm = volume.vm.unwrap_or(self.host);
+            return Verdict::Deny(Error::AttachedElsewhere { volume: volume.uuid, vm });
         }
         if verdict != Verdict::Start {
             return verdict;
@@ -532,6 +534,14 @@ impl Engine {
     /// C14: ends an operation in the record; whatever it still brings is a late answer.
     async fn abandon(&self, id: OpId, caller: &Caller) -> Result<(), Error> {
         let live = self.core.lock().live.get(&id).cloned().ok_or(Error::NoSuchOperation { id })?;
+        if !live.take_end() {
+            let running = command::spell(&live.action);
+            return Err(Error::InFlight {
+                running,
+                id,
+                object: "the record: it has its answer and ends by itself".into(),
+            });
+        }
         let at = (self.clock)();
         let error = Error::Abandoned { id };
         let sentence = format!("abandoned by uid {} (pid {})", caller.uid, caller.pid);
@@ -542,10 +552,11 @@ impl Engine {
             changes.push(crate::store::Change::VolumeStatus { volume: volume.uuid, status: Status::Unknown, at });
         }
         changes.push(crate::store::Change::OpEnd { id, outcome: Outcome::Abandoned, sentence: sentence.clone(), at });
-        self.store
-            .commit(changes)
-            .await
-            .map_err(|e| Error::NotJournaled { what: format!("`abandon {id}`"), words: e.to_string() })?;
+        if let Err(error) = self.store.commit(changes).await {
+            // It is given back; an answer that came meanwhile is dropped, and the abandon can be repeated.
+            live.ending.store(false, std::sync::atomic::Ordering::SeqCst);
+            return Err(Error::NotJournaled { what: format!("`abandon {id}`"), words: error.to_string() });
+        }
         live.stop.store(true, std::sync::atomic::Ordering::SeqCst);
         self.publish(|core, at| {
             core.world.counters.abandoned += 1;

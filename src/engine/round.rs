@@ -4,7 +4,9 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::Engine;
 use super::core::Core;
@@ -42,8 +44,16 @@ impl Engine {
         if failpoint::hit("reconcile.no-gap") { Duration::ZERO } else { self.absence_gap }
     }
 
-    /// Whether an absence seen now is confirmed by an earlier one.
-    fn absent(&self, volume: VolumeId, looked: Instant) -> CloudView<'static> {
+    /// Whether the credentials see our own VM: those that do not, see no volume either (row V6).
+    pub(super) async fn sees_us(&self) -> bool {
+        matches!(self.cloud.vm(self.host).await, Ok(Some(_)))
+    }
+
+    /// Whether an absence seen now is confirmed by an earlier one. An absence that means nothing is no look.
+    fn absent(&self, volume: VolumeId, looked: Instant, sees_us: bool) -> CloudView<'static> {
+        if !sees_us {
+            return CloudView::Absent { confirmed: false };
+        }
         let first = *self.core.lock().absent.entry(volume).or_insert(looked);
         let confirmed = looked.saturating_duration_since(first) >= self.absence_gap() && first != looked;
         CloudView::Absent { confirmed }
@@ -107,7 +117,8 @@ impl Engine {
             changes.push(facts(seen, &before.serial));
         }
         match (&mapping, finding.status) {
-            (Some(mapping), _) if !same_mapping => {
+            // A commit that failed left the record without what the world shows.
+            (Some(mapping), _) if !same_mapping || before.recorded != Status::Attached => {
                 changes.push(Change::MappingSet(mapping_row(&before, mapping, self.host)))
             }
             (None, Status::Remote) if finding.vm != before.vm || before.recorded != Status::Remote => {
@@ -178,7 +189,7 @@ impl Engine {
                     self.core.lock().absent.remove(&before.uuid);
                     CloudView::Seen(seen)
                 }
-                Ok(None) => self.absent(before.uuid, looked),
+                Ok(None) => self.absent(before.uuid, looked, self.sees_us().await),
                 Err(_) => CloudView::Unseen,
             };
             self.cloud_health(answer.as_ref().err());
@@ -285,6 +296,8 @@ impl Engine {
                 by_volume.entry(volume.uuid).or_default().push(disk.clone());
             }
         }
+        let any_absent = by_id.as_ref().is_some_and(|map| world.by_uuid.keys().any(|volume| !map.contains_key(volume)));
+        let sees_us = any_absent && self.sees_us().await;
         let mut settled = Vec::new();
         for before in world.volumes.values().filter(|v| v.running.is_none()) {
             let view = match &by_id {
@@ -292,7 +305,7 @@ impl Engine {
                 Some(map) => match map.get(&before.uuid) {
                     Some(seen) => CloudView::Seen(seen),
                     None if unseen.contains(&before.uuid) => CloudView::Unseen,
-                    None => self.absent(before.uuid, looked),
+                    None => self.absent(before.uuid, looked, sees_us),
                 },
             };
             let own = by_volume.get(&before.uuid).map_or(&[][..], Vec::as_slice);
@@ -301,7 +314,9 @@ impl Engine {
             }
         }
         if let Some(map) = &by_id {
-            self.core.lock().absent.retain(|volume, _| !map.contains_key(volume));
+            let mut core = self.core.lock();
+            let Core { absent, world, .. } = &mut *core;
+            absent.retain(|volume, _| !map.contains_key(volume) && world.by_uuid.contains_key(volume));
         }
         self.apply(settled).await;
         let answer = match answer {
@@ -363,7 +378,7 @@ impl Engine {
             if let Err(error) = self.round().await {
                 tracing::warn!("reconcile round: {error}");
             }
-            self.looked.send_replace(true);
+            self.rounds_ended.send_modify(|ended| *ended += 1);
             let second_look = self.core.lock().absent.values().min().copied();
             let gap = self.absence_gap() + Duration::from_millis(100);
             let pause = match second_look {
@@ -418,6 +433,9 @@ impl Engine {
             };
             rows.extend(world.named_by(&disk.identity).filter(|v| !mapped(v)).map(|v| v.row));
         }
+        // What stood in contradiction may be resolved by what has just come or gone.
+        let unsettled = |v: &Volume| matches!(v.base, Status::Conflict | Status::Lost);
+        rows.extend(world.volumes.values().filter(|v| unsettled(v)).map(|v| v.row));
         for row in rows {
             if self.idle(row).is_some() {
                 let engine = self.clone();

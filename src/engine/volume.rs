@@ -6,13 +6,13 @@ use serde_json::json;
 
 use super::Engine;
 use super::core::Live;
-use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail};
+use super::operation::{Acted, Done, Fail, LOOK_AGAIN, changed, cloud_fail};
 use super::world::{Mapping, Volume};
 use crate::cloud::CloudVolume;
 use crate::devices::DevicesError;
 use crate::error::Error;
 use crate::failpoint;
-use crate::model::{Disk, DiskRow, Holder, HolderKind, Slot, Status, VmId, VolumeId};
+use crate::model::{Disk, DiskRow, Holder, HolderKind, Slot, Status, VmId};
 use crate::store::{Change, MappedDevice, MappingRow};
 
 fn cannot_tell(error: DevicesError) -> Fail {
@@ -63,13 +63,6 @@ pub(super) fn mapping_row(volume: &Volume, mapping: &Mapping, host: VmId) -> Map
     }
 }
 
-/// It is attached there, but not in the place that was asked for (C3: an id asked for is verified).
-pub(super) fn other_slot(volume: VolumeId, have: Option<u32>) -> Error {
-    let have = have.map_or_else(|| "an unknown number".into(), |n| n.to_string());
-    let words = format!("it is attached there as device {have} already: detach it first");
-    Error::CloudBusy { volume, what: "another device id".into(), words }
-}
-
 impl Engine {
     /// Pins a disk and makes a mapping of it; the row of the volume's mapping stays while the
     /// incarnation does, so that node ids stay.
@@ -114,8 +107,9 @@ impl Engine {
             Some(at) if at.vm != vm => {
                 return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
             }
-            Some(at) if slot.is_some_and(|slot| at.device_id != Some(slot.number())) => {
-                return Err(Fail::clean(other_slot(volume.uuid, at.device_id)));
+            // Somebody else's attachment in another place is not ours to take away.
+            Some(at) if !live.recovering && slot.is_some_and(|s| at.device_id != Some(s.number())) => {
+                return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm }));
             }
             Some(_) => {}
             None => self.call_attach(live, &volume, vm, slot, &what).await?,
@@ -191,9 +185,9 @@ impl Engine {
             if live.stopping() {
                 return Err(Fail::ambiguous(Error::Cancelled));
             }
-            // A change may be about any disk; a closed or lagging channel still leaves the tick.
+            // A change may be about any disk.
             tokio::select! {
-                _ = changes.recv() => {}
+                () = changed(&mut changes) => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         };
@@ -203,11 +197,11 @@ impl Engine {
             let why = "the device is here, but the cloud does not say attached here".into();
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
         }
-        let got = seen.attached.and_then(|a| a.device_id);
-        if let Some(slot) = slot.filter(|slot| got != Some(slot.number())) {
+        if slot.is_some_and(|s| seen.attached.and_then(|a| a.device_id) != Some(s.number())) {
+            // The provider's own test for users would find us.
             mapping.pin.release();
-            return Err(self.wrong_slot(live, &volume, self.host, slot, got, what).await?);
         }
+        self.in_place(live, &volume, &seen, slot, what).await?;
         let fits = if self.exact_size { mapping.size == seen.size } else { mapping.size >= seen.size };
         if !fits {
             mapping.pin.release();
@@ -252,6 +246,32 @@ impl Engine {
         })
     }
 
+    /// An id that was asked for is verified, or the volume is detached again (C3). Recovery takes nothing away.
+    async fn in_place(
+        &self,
+        live: &Live,
+        volume: &Volume,
+        seen: &CloudVolume,
+        slot: Option<Slot>,
+        what: &str,
+    ) -> Result<(), Fail> {
+        let (Some(slot), Some(at)) = (slot, seen.attached) else { return Ok(()) };
+        if at.device_id == Some(slot.number()) {
+            return Ok(());
+        }
+        let given = at.device_id.map_or_else(|| "no number".into(), |n| n.to_string());
+        let words = format!("device id {} was asked for, {given} was given", slot.number());
+        let error = Error::CloudRefused { what: what.into(), words };
+        if live.recovering {
+            return Err(Fail::ambiguous(error));
+        }
+        self.step(live, "the cloud gave another device id: detach again")?;
+        match self.cloud.detach(volume.uuid, at.vm, false).await {
+            Ok(()) => Err(Fail::clean(error)),
+            Err(e) => Err(Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error)),
+        }
+    }
+
     /// On another VM it is done when the cloud says so, in the place that was asked for.
     async fn prove_there(
         self: &Arc<Self>,
@@ -267,10 +287,7 @@ impl Engine {
             let why = format!("the cloud does not say attached to VM {vm} after it said done");
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
         }
-        let got = seen.attached.and_then(|a| a.device_id);
-        if let Some(slot) = slot.filter(|slot| got != Some(slot.number())) {
-            return Err(self.wrong_slot(live, &volume, vm, slot, got, what).await?);
-        }
+        self.in_place(live, &volume, &seen, slot, what).await?;
         let at = (self.clock)();
         let map_row = self.core.lock().next_mapping();
         let changes = vec![
@@ -292,27 +309,6 @@ impl Engine {
             })),
             look: None,
         })
-    }
-
-    /// An id asked for and not given: what this very operation attached is detached again (C3).
-    /// `Ok` is the clean failure that the operation then ends with.
-    async fn wrong_slot(
-        &self,
-        live: &Live,
-        volume: &Volume,
-        vm: VmId,
-        slot: Slot,
-        got: Option<u32>,
-        what: &str,
-    ) -> Result<Fail, Fail> {
-        self.step(live, "the cloud gave another device id: detach again").map_err(|f| Fail::ambiguous(f.error))?;
-        self.cloud
-            .detach(volume.uuid, vm, false)
-            .await
-            .map_err(|e| Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error))?;
-        let given = got.map_or_else(|| "none".into(), |n| n.to_string());
-        let words = format!("device id {} was asked for, {given} was given; it is detached again", slot.number());
-        Ok(Fail::clean(Error::CloudRefused { what: what.into(), words }))
     }
 
     pub(super) async fn detach(self: &Arc<Self>, live: &Live, row: DiskRow, vm: Option<VmId>, force: bool) -> Acted {
@@ -433,8 +429,13 @@ impl Engine {
         }
         if let Err(fail) = self.call_detach(live, volume, self.host, force, what).await {
             let busy = matches!(fail.error, Error::CloudBusy { .. });
-            self.pin_again(volume, &disk).await?;
-            if busy && !fail.ambiguous {
+            let pinned = self.pin_again(live, volume, &disk).await;
+            if fail.ambiguous {
+                // It may have happened, and then there is nothing to pin: the look after it decides.
+                return Err(fail);
+            }
+            pinned?;
+            if busy {
                 let dev = disk.dev;
                 let mut holders = self.kernel(move |devices| devices.holders(dev)).await.unwrap_or_default();
                 if holders.is_empty() {
@@ -448,9 +449,14 @@ impl Engine {
     }
 
     /// After a refused detach: our descriptor back on the same incarnation, under the same row.
-    async fn pin_again(self: &Arc<Self>, volume: &Arc<Volume>, disk: &Disk) -> Result<(), Fail> {
+    async fn pin_again(self: &Arc<Self>, live: &Live, volume: &Arc<Volume>, disk: &Disk) -> Result<(), Fail> {
         let mapping = self.map(volume, disk).await.map_err(cannot_tell)?;
-        self.publish(|core, at| core.with_volume(volume.row, at, |v| v.mapping = Some(mapping)));
+        self.publish(|core, at| {
+            // Abandoned meanwhile: reconciling has the volume.
+            if core.owns(live) {
+                core.with_volume(volume.row, at, |v| v.mapping = Some(mapping));
+            }
+        });
         Ok(())
     }
 
@@ -491,7 +497,7 @@ impl Engine {
                 return Err(Fail::ambiguous(Error::Cancelled));
             }
             tokio::select! {
-                _ = changes.recv() => {}
+                () = changed(&mut changes) => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         }
@@ -528,9 +534,10 @@ impl Engine {
         }
         self.step(live, "the cloud resizes it")?;
         failpoint::reach("resize.before-call").await;
-        let size = match self.patiently(&what, Some(volume.uuid), || self.cloud.resize(volume.uuid, size)).await {
-            Ok(size) => size,
-            Err(fail) => return Err(fail),
+        // It has that size already: nothing to call, which is also all that recovery ever does here.
+        let size = match size == seen.size {
+            true => size,
+            false => self.patiently(&what, Some(volume.uuid), || self.cloud.resize(volume.uuid, size)).await?,
         };
         failpoint::reach("resize.after-call").await;
         let mapping = match &volume.mapping {
@@ -586,7 +593,7 @@ impl Engine {
                 return Err(Fail::ambiguous(Error::Cancelled));
             }
             tokio::select! {
-                _ = changes.recv() => {}
+                () = changed(&mut changes) => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         }
@@ -616,7 +623,7 @@ impl Engine {
             {
                 Ok(until) => until,
                 Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {
-                    Ok(None) => None,
+                    Ok(None) if self.sees_us().await => None,
                     _ => return Err(fail),
                 },
                 Err(fail) => return Err(fail),

@@ -7,12 +7,15 @@ use crate::engine::{DeviceNow, Engine, Events, Left, Submitted, Target, Ticket, 
 use crate::error::{Errno, Error};
 use crate::model::{Caller, DiskRow, Holder, JobId, JobRow, MapRow, OpId, Verb};
 
+/// Called after each publish.
+pub type OnPublish = Arc<dyn Fn(&Arc<World>) + Send + Sync>;
+
 /// The engine's methods that the tree is served from; see [`Engine`] for their meaning. None blocks.
 #[allow(missing_docs)]
 pub trait Core: Send + Sync + 'static {
     fn world(&self) -> Arc<World>;
     fn events(&self) -> &Events;
-    fn on_publish(&self, f: Arc<dyn Fn(&Arc<World>) + Send + Sync>);
+    fn on_publish(&self, f: OnPublish);
     fn submit(&self, target: Target, command: Command, caller: Caller) -> Submitted;
     fn would(&self, target: Target, action: &Action) -> Result<(), Error>;
     fn note_failure(&self, target: Target, verb: &str, caller: &Caller, error: &Error);
@@ -33,7 +36,7 @@ impl Core for Engine {
     fn events(&self) -> &Events {
         Engine::events(self)
     }
-    fn on_publish(&self, f: Arc<dyn Fn(&Arc<World>) + Send + Sync>) {
+    fn on_publish(&self, f: OnPublish) {
         Engine::on_publish(self, f);
     }
     fn submit(&self, target: Target, command: Command, caller: Caller) -> Submitted {

@@ -181,7 +181,13 @@ fn v4_remote_names_its_vm_and_has_no_device_here() {
     assert_eq!(of(&volfs, uuid, "vm"), vm);
     assert_eq!(of(&volfs, uuid, "device_id"), "1");
     assert!(volfs.read("jobs/a/table").unwrap().contains(&vm));
-    assert_eq!(volfs.ok(&format!("set -e; dd if=/dev/zero of=\"$(cat $R/{}/device)\" count=1 2>/dev/null || echo no", dir("a", uuid))), "no");
+    assert_eq!(
+        volfs.ok(&format!(
+            "set -e; dd if=/dev/zero of=\"$(cat $R/{}/device)\" count=1 2>/dev/null || echo no",
+            dir("a", uuid)
+        )),
+        "no"
+    );
 }
 
 #[test]

@@ -138,7 +138,10 @@ fn every_cell_of(column: Column) {
         let is = if volfs.path(format!("unclaimed/{uuid}")).exists() { GONE.into() } else { is };
         let after = if after == SAME { was.clone() } else { after.into() };
         if (got, &is) != (errno, &after) {
-            wrong.push(format!("{} {command} while {was}: errno {got} and {is}, wanted {errno} and {after}", row.number));
+            wrong.push(format!(
+                "{} {command} while {was}: errno {got} and {is}, wanted {errno} and {after}",
+                row.number
+            ));
         }
         let verb = row.command.split(' ').next().unwrap();
         match (verb, got) {
@@ -270,7 +273,13 @@ struct Flight {
 }
 
 const FLIGHTS: [Flight; 4] = [
-    Flight { point: "attach.before-call", before: &[], command: "attach", equal: "attach  timeout=60", word: "attaching" },
+    Flight {
+        point: "attach.before-call",
+        before: &[],
+        command: "attach",
+        equal: "attach  timeout=60",
+        word: "attaching",
+    },
     Flight {
         point: "detach.journaled",
         before: &["attach"],

@@ -284,12 +284,13 @@ fn metrics_are_well_formed() {
     w.counters = counters;
     let text = of(w, "metrics");
     let name_ok = |n: &str| n.starts_with("volfs_") && n.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
-    let (mut family, mut kind, mut seen) = ("", "", std::collections::HashSet::new());
+    let (mut family, mut kind) = ("", "");
+    let (mut families, mut samples) = (std::collections::HashSet::new(), std::collections::HashSet::new());
     for line in text.lines() {
         if let Some(help) = line.strip_prefix("# HELP ") {
             let (name, words) = help.split_once(' ').unwrap();
             assert!(name_ok(name) && !words.is_empty(), "{line}");
-            assert!(seen.insert(name.to_owned()), "one family each: {line}");
+            assert!(families.insert(name.to_owned()), "one family each: {line}");
             family = name;
         } else if let Some(of) = line.strip_prefix("# TYPE ") {
             let (name, k) = of.split_once(' ').unwrap();
@@ -301,7 +302,7 @@ fn metrics_are_well_formed() {
             assert_eq!(series.split('{').next().unwrap(), family, "{line}");
             assert!(["gauge", "counter"].contains(&kind));
             assert!(value.parse::<f64>().is_ok(), "{line}");
-            assert!(seen.insert(series.to_owned()), "one sample each: {line}");
+            assert!(samples.insert(series.to_owned()), "one sample each: {line}");
         }
     }
     for sample in [
