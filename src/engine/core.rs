@@ -40,6 +40,8 @@ pub(super) struct Core {
     pub making: HashSet<JobId>,
     /// When the cloud first did not show a volume.
     pub absent: HashMap<VolumeId, tokio::time::Instant>,
+    /// Devices that made a volume `conflict`: it is looked at again when one of them changes.
+    pub contenders: HashMap<Arc<str>, DiskRow>,
     /// False from the beginning of a shutdown.
     pub accepting: bool,
     /// Rows of the root's history.
@@ -113,6 +115,7 @@ impl Core {
             claiming: HashSet::new(),
             making: HashSet::new(),
             absent: HashMap::new(),
+            contenders: HashMap::new(),
             accepting: true,
             most_history,
             events: Vec::new(),

@@ -410,7 +410,6 @@ impl Engine {
             return Verdict::Deny(in_flight(core, *op, format!("job {}", job.id)));
         }
         let mut lines = Vec::new();
-        let mut unknown = false;
         for (disk, row) in &job.disks {
             let Some(volume) = core.world.volumes.get(row) else { continue };
             if let Some(running) = volume.running {
@@ -419,7 +418,11 @@ impl Engine {
             }
             match volume.base {
                 Status::Detached | Status::Attached | Status::Missing => {}
-                Status::Unknown => unknown = true,
+                // X10: it stops, where a single volume's command would look first.
+                Status::Unknown => {
+                    let why = volume.why.as_deref().unwrap_or("nobody can tell yet").into();
+                    lines.push((disk.clone(), Error::NotSettled { volume: volume.uuid, status: volume.base, why }));
+                }
                 status => {
                     let way_out = "destroy deletes only what is detached, attached and unused, or missing";
                     lines.push((disk.clone(), Error::WrongStatus { volume: volume.uuid, status, way_out }));
@@ -429,7 +432,7 @@ impl Engine {
         if !lines.is_empty() {
             return Verdict::Deny(Error::Several { lines });
         }
-        if unknown { Verdict::Reconcile } else { Verdict::Start }
+        Verdict::Start
     }
 }
 

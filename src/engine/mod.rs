@@ -255,10 +255,8 @@ impl Engine {
             let world = self.world();
             let rows: Vec<DiskRow> = match target {
                 Target::Volume(row) => vec![row],
-                Target::Job(row) => {
-                    world.jobs.get(&row).map(|j| j.disks.values().copied().collect()).unwrap_or_default()
-                }
-                Target::Root => Vec::new(),
+                // A job's commands look through those of its volumes, or not at all (X10).
+                Target::Job(_) | Target::Root => Vec::new(),
             };
             let unclear = |row: &DiskRow| world.volumes.get(row).is_some_and(|v| v.base == Status::Unknown);
             rows.into_iter().filter(unclear).collect()
@@ -291,7 +289,7 @@ impl Engine {
                 if let Some(vm) = vm {
                     self.publish(|core, _| core.watch(*vm));
                 }
-                self.round().await
+                self.settle_all(*vm).await
             }
             (Target::Job(row), Action::Cancel { id: None }) => self.cancel_job(row),
             (_, Action::Cancel { id: Some(id) }) => self.cancel(*id),
@@ -372,6 +370,14 @@ impl Engine {
             can_force: self.about.can_force,
         };
         let verdict = admit(&situation, action, caller);
+        if verdict == Verdict::AlreadyDone
+            && let Action::Attach { slot: Some(slot), .. } = action
+            && volume.device_id != Some(slot.number())
+        {
+            // C3: an id asked for is verified, also where there is nothing left to do.
+            let vm = volume.vm.unwrap_or(self.host);
+            return Verdict::Deny(Error::AttachedElsewhere { volume: volume.uuid, vm });
+        }
         if verdict != Verdict::Start {
             return verdict;
         }

@@ -1,6 +1,7 @@
 //! The tree through a real mount, as a user would: real shells, real loop devices.
 
 mod bring;
+mod commands;
 mod common;
 mod concurrency;
 mod crash;
