@@ -12,6 +12,7 @@ mod rules;
 mod shells;
 mod statuses;
 mod table;
+mod traps;
 mod waiting;
 
 use common::Volfs;
