@@ -1,7 +1,11 @@
 //! The tree through a real mount, as a user would: real shells, real loop devices.
 
+mod adversary;
+mod bad_input;
 mod common;
 mod crash;
+mod mounting;
+mod predecessor;
 
 use common::Volfs;
 
