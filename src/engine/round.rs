@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::Engine;
 use super::core::Core;
 use super::reconcile::{CloudView, Finding, Recorded, Rules, settle};
-use super::volume::{facts, mapping_row, show_facts};
+use super::volume::{Unmapped, facts, mapping_row, show_facts};
 use super::world::{Component, Mapping, Unclaimed, VmView, Volume, World};
 use crate::cloud::{CloudError, CloudVolume, Survey};
 use crate::devices::DevicesError;
@@ -78,10 +78,13 @@ impl Engine {
         if let Some(disk) = &finding.device {
             match self.map(&before, disk).await {
                 Ok(made) => mapping = Some(made),
-                Err(DevicesError::Gone { .. }) => return None,
+                Err(Unmapped::Devices(DevicesError::Gone { .. })) => return None,
                 Err(error) => {
-                    finding =
-                        Finding { status: Status::Unknown, device: None, why: Some(error.to_string()), ..finding };
+                    let status = match error {
+                        Unmapped::Impostor(_) => Status::Conflict,
+                        _ => Status::Unknown,
+                    };
+                    finding = Finding { status, device: None, why: Some(error.to_string()), ..finding };
                 }
             }
         }

@@ -1,5 +1,7 @@
 //! The tree through a real mount, as a user would: real shells, real loop devices.
 
+mod adversary;
+mod bad_input;
 mod bring;
 mod commands;
 mod common;
@@ -8,6 +10,8 @@ mod crash;
 mod errors;
 mod events;
 mod identity;
+mod mounting;
+mod predecessor;
 mod rules;
 mod shells;
 mod statuses;
