@@ -7,6 +7,7 @@ mod concurrency;
 mod crash;
 mod events;
 mod rules;
+mod scripts;
 mod shells;
 mod statuses;
 mod table;
