@@ -615,7 +615,11 @@ impl Core {
 impl Engine {
     /// The publish step: every change of a published value passes here, and nowhere else.
     pub(super) fn publish<R>(&self, change: impl FnOnce(&mut Core, Timestamp) -> R) -> R {
-        let at = (self.clock)();
+        self.publish_at((self.clock)(), change)
+    }
+
+    /// The same, dated as the commit that it shows.
+    pub(super) fn publish_at<R>(&self, at: Timestamp, change: impl FnOnce(&mut Core, Timestamp) -> R) -> R {
         let (result, world, pushed) = {
             let mut core = self.core.lock();
             let result = change(&mut core, at);

@@ -19,6 +19,7 @@ use crate::cloud::{About, Cloud};
 use crate::command::{self, Action, Command};
 use crate::devices::Devices;
 use crate::error::{Errno, Error};
+use crate::failpoint;
 use crate::model::{
     Caller, DevNo, DiskRow, Holder, Incarnation, JobRow, MapRow, OpId, Outcome, RecordId, Status, Timestamp, Verb, VmId,
 };
@@ -421,6 +422,10 @@ impl Engine {
             }
             None => None,
         };
+        let taking = matches!(action.verb(), Verb::Destroy | Verb::Revert | Verb::Move);
+        if job.hold.0 && taking {
+            return Verdict::Deny(Error::Held { job: job.id.clone() });
+        }
         match action {
             Action::Create { disk, .. } => begun(disk).unwrap_or(Verdict::Start),
             Action::Claim { volume, disk, from } => {
@@ -456,27 +461,22 @@ impl Engine {
                 }
             }
             Action::Destroy { job: named } => Engine::admit_destroy(core, job, named),
+            Action::Revert { .. } if job.hold.0 => Verdict::Deny(Error::Held { job: job.id.clone() }),
             Action::Snapshot { .. } | Action::Revert { .. } | Action::DeleteSnapshot { .. }
                 if !self.about.snapshots =>
             {
                 Verdict::Deny(Error::Unsupported { provider: self.about.name, what: action.verb().to_string() })
             }
-            Action::Move { job: to } => {
-                if job.hold.0 {
-                    return Verdict::Deny(Error::Held { job: job.id.clone() });
-                }
-                match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
-                    None => Verdict::Deny(Error::NoSuchJob { job: to.clone() }),
-                    Some(there) if there.row == row => Verdict::AlreadyDone,
-                    Some(there) => {
-                        match job.disks.keys().find(|d| there.disks.contains_key(*d) || there.creating.contains_key(*d))
-                        {
-                            Some(disk) => Verdict::Deny(Error::DiskExists { job: to.clone(), disk: disk.clone() }),
-                            None => Verdict::Start,
-                        }
+            Action::Move { job: to } => match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
+                None => Verdict::Deny(Error::NoSuchJob { job: to.clone() }),
+                Some(there) if there.row == row => Verdict::AlreadyDone,
+                Some(there) => {
+                    match job.disks.keys().find(|d| there.disks.contains_key(*d) || there.creating.contains_key(*d)) {
+                        Some(disk) => Verdict::Deny(Error::DiskExists { job: to.clone(), disk: disk.clone() }),
+                        None => Verdict::Start,
                     }
                 }
-            }
+            },
             _ => Verdict::Start,
         }
     }
@@ -592,9 +592,14 @@ impl Engine {
     }
 
     /// Who has the device, from a walk of /proc that callers share. Empty: nobody, or no device.
+    /// `CannotTell` where there may be a device that is not verified (rule R9).
     pub fn holders(&self, volume: DiskRow) -> Ticket<Arc<Vec<Holder>>> {
         let dev = match self.world().volumes.get(&volume) {
             None => return Ticket::done(Err(Error::Departed)),
+            Some(volume) if matches!(volume.base, Status::Unknown | Status::Conflict) => {
+                let why = format!("volume {} is {}, and so is its device", volume.uuid, volume.base);
+                return Ticket::done(Err(Error::CannotTell { why }));
+            }
             Some(volume) => volume.mapping.as_ref().filter(|m| m.pin.alive()).map(|m| m.dev),
         };
         let Some(dev) = dev else { return Ticket::done(Ok(Arc::new(Vec::new()))) };
@@ -621,7 +626,8 @@ impl Engine {
 /// The device that a volume shows, if the kernel confirms it.
 fn verified(volume: &world::Volume) -> Option<DeviceNow> {
     let mapping = volume.device()?;
-    mapping.pin.alive().then(|| DeviceNow {
+    // The failpoint serves the snapshot unchecked: to see that this is noticed.
+    (mapping.pin.alive() || failpoint::hit("engine.no-check")).then(|| DeviceNow {
         name: mapping.name.clone(),
         dev: mapping.dev,
         incarnation: mapping.incarnation,

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::Engine;
 use super::core::Core;
 use super::reconcile::{CloudView, Finding, Recorded, Rules, settle};
-use super::volume::{facts, mapping_row, show_facts};
+use super::volume::{Unmapped, facts, mapping_row, show_facts};
 use super::world::{Component, Mapping, Unclaimed, VmView, Volume, World};
 use crate::cloud::{CloudError, CloudVolume, Survey};
 use crate::devices::DevicesError;
@@ -78,10 +78,13 @@ impl Engine {
         if let Some(disk) = &finding.device {
             match self.map(&before, disk).await {
                 Ok(made) => mapping = Some(made),
-                Err(DevicesError::Gone { .. }) => return None,
+                Err(Unmapped::Devices(DevicesError::Gone { .. })) => return None,
                 Err(error) => {
-                    finding =
-                        Finding { status: Status::Unknown, device: None, why: Some(error.to_string()), ..finding };
+                    let status = match error {
+                        Unmapped::Impostor(_) => Status::Conflict,
+                        _ => Status::Unknown,
+                    };
+                    finding = Finding { status, device: None, why: Some(error.to_string()), ..finding };
                 }
             }
         }
@@ -151,7 +154,9 @@ impl Engine {
             let core = self.core.lock();
             settled.into_iter().filter(|s| still(&core, s)).collect()
         };
-        let changes: Vec<Change> = settled.iter().flat_map(|s| s.changes.iter().cloned()).collect();
+        let at = (self.clock)();
+        let mut changes: Vec<Change> = settled.iter().flat_map(|s| s.changes.iter().cloned()).collect();
+        changes.iter_mut().for_each(|change| change.date(at));
         let mut recorded = true;
         if !changes.is_empty() && self.read_only.is_none() {
             let outcome = self.store.commit(changes).await;
@@ -161,7 +166,7 @@ impl Engine {
                 .map(|e| Error::NotRecorded { what: "what reconciling found".into(), words: e.to_string() });
             self.store_health(failed.as_ref());
         }
-        self.publish(|core, at| {
+        self.publish_at(at, |core, at| {
             for s in settled {
                 if still(core, &s) {
                     core.show(s, recorded, at);

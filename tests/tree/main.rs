@@ -1,16 +1,23 @@
 //! The tree through a real mount, as a user would: real shells, real loop devices.
 
+mod adversary;
+mod bad_input;
 mod bring;
 mod commands;
 mod common;
 mod concurrency;
 mod crash;
+mod errors;
 mod events;
+mod identity;
+mod mounting;
+mod predecessor;
 mod rules;
 mod scripts;
 mod shells;
 mod statuses;
 mod table;
+mod traps;
 mod waiting;
 
 use common::Volfs;

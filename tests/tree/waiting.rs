@@ -70,9 +70,13 @@ impl Kid {
         Self::of(volfs, command)
     }
 
-    pub fn of(volfs: &Volfs, mut command: Command) -> Self {
+    pub fn of(volfs: &Volfs, command: Command) -> Self {
+        Self::with_input(volfs, command, Stdio::null())
+    }
+
+    pub fn with_input(volfs: &Volfs, mut command: Command, input: impl Into<Stdio>) -> Self {
         command.env("R", volfs.root()).current_dir("/").process_group(0);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let out = child.stdout.take().map(BufReader::new);
         Kid { child, out }
@@ -134,7 +138,7 @@ impl Kid {
         mask("SigPnd:") | mask("ShdPnd:")
     }
 
-    fn has_pending(&self, signals: &[Signal]) -> bool {
+    pub fn has_pending(&self, signals: &[Signal]) -> bool {
         let pending = self.pending();
         signals.iter().all(|s| pending & 1 << (s.as_raw() - 1) != 0)
     }
@@ -172,7 +176,7 @@ pub fn times_done(volfs: &Volfs, job: &str, verb: &str) -> usize {
 }
 
 /// Starts a writer and waits until its command is at the gate.
-fn parked(volfs: &Volfs, shell: &[&str], script: &str) -> Kid {
+pub fn parked(volfs: &Volfs, shell: &[&str], script: &str) -> Kid {
     let before = callers(volfs, "a", "d");
     let kid = Kid::shell(volfs, shell, script);
     volfs.until("caller", || callers(volfs, "a", "d") == before + 1);
@@ -180,11 +184,12 @@ fn parked(volfs: &Volfs, shell: &[&str], script: &str) -> Kid {
     kid
 }
 
-const ATTACH: &str = "echo attach > $R/jobs/a/disks/d/control";
+/// The command that the gate holds.
+pub const ATTACH: &str = "echo attach > $R/jobs/a/disks/d/control";
 
 /// Two callers are parked and killed, one after the other: when both are free, the watcher has
 /// looked at every other caller since this began.
-fn a_round_of_the_watcher(volfs: &Volfs) {
+pub fn a_round_of_the_watcher(volfs: &Volfs) {
     for _ in 0..2 {
         let witness = parked(volfs, &["dash"], ATTACH);
         witness.signal(Signal::KILL);
