@@ -13,6 +13,7 @@ mod identity;
 mod mounting;
 mod predecessor;
 mod rules;
+mod scripts;
 mod shells;
 mod statuses;
 mod table;
