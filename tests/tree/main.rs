@@ -5,6 +5,7 @@ mod common;
 mod concurrency;
 mod crash;
 mod events;
+mod in_use;
 mod rules;
 mod shells;
 mod statuses;
