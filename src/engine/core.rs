@@ -40,6 +40,8 @@ pub(super) struct Core {
     pub making: HashSet<JobId>,
     /// When the cloud first did not show a volume.
     pub absent: HashMap<VolumeId, tokio::time::Instant>,
+    /// Devices that made a volume `conflict`: it is looked at again when one of them changes.
+    pub contenders: HashMap<Arc<str>, DiskRow>,
     /// False from the beginning of a shutdown.
     pub accepting: bool,
     /// Rows of the root's history.
@@ -113,6 +115,7 @@ impl Core {
             claiming: HashSet::new(),
             making: HashSet::new(),
             absent: HashMap::new(),
+            contenders: HashMap::new(),
             accepting: true,
             most_history,
             events: Vec::new(),
@@ -612,7 +615,11 @@ impl Core {
 impl Engine {
     /// The publish step: every change of a published value passes here, and nowhere else.
     pub(super) fn publish<R>(&self, change: impl FnOnce(&mut Core, Timestamp) -> R) -> R {
-        let at = (self.clock)();
+        self.publish_at((self.clock)(), change)
+    }
+
+    /// The same, dated as the commit that it shows.
+    pub(super) fn publish_at<R>(&self, at: Timestamp, change: impl FnOnce(&mut Core, Timestamp) -> R) -> R {
         let (result, world, pushed) = {
             let mut core = self.core.lock();
             let result = change(&mut core, at);

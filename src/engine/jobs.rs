@@ -105,9 +105,9 @@ impl Engine {
                 verb: Verb::Rmdir,
                 command: format!("rmdir {id}"),
                 job: row,
-                id,
+                id: id.clone(),
                 change: Change::JobForget { row, at },
-                undo: Vec::new(),
+                undo: vec![Change::JobAdd { row, id, at }],
                 apply: Box::new(move |core, at| core.remove_job(row, at)),
                 give_up: Box::new(move |core, at| core.with_job(row, at, |job| job.running = None)),
             },
@@ -178,7 +178,7 @@ impl Engine {
         let Some(engine) = self.me.upgrade() else { return Ticket::done(Err(Error::ShuttingDown)) };
         let clock = std::time::Instant::now();
         self.runtime.spawn(async move {
-            let Small { verb, command, job, id, change, undo, apply, give_up } = small;
+            let Small { verb, command, job, id, mut change, undo, apply, give_up } = small;
             let at = (engine.clock)();
             let op = engine.core.lock().next_op();
             let row = OpRow {
@@ -198,6 +198,7 @@ impl Engine {
                 began: at,
                 ended: Some((Outcome::Done, String::new(), at)),
             };
+            change.date(at);
             // The job's row comes first where the operation's refers to it.
             let batch = vec![change, Change::OpBegin(Box::new(row))];
             let mut commit = std::pin::pin!(engine.store.commit(batch));
@@ -213,18 +214,19 @@ impl Engine {
                     let error = fail("no answer within a second".into());
                     engine.note_failure(target, verb.as_str(), &caller, &error);
                     answer.complete(Err(error));
-                    let late = commit.await;
-                    if late.is_ok() && !undo.is_empty() {
-                        if let Err(error) = engine.store.commit(undo).await {
+                    // What is shown follows the record, also where that cannot be taken back.
+                    let stays = match commit.await {
+                        Ok(()) => engine.store.commit(undo).await.err(),
+                        Err(_) => None,
+                    };
+                    match stays {
+                        Some(error) => {
                             tracing::error!(
                                 "`{command}` was refused, is in the record all the same, and stays: {error}"
                             );
+                            engine.publish(apply);
                         }
-                        engine.publish(give_up);
-                    } else if late.is_ok() {
-                        engine.publish(apply);
-                    } else {
-                        engine.publish(give_up);
+                        None => engine.publish(give_up),
                     }
                     return;
                 }
@@ -232,7 +234,7 @@ impl Engine {
             match outcome {
                 Ok(()) => {
                     engine.store_health(None);
-                    engine.publish(|core, at| {
+                    engine.publish_at(at, |core, at| {
                         let took_ms = u64::try_from(clock.elapsed().as_millis()).unwrap_or(u64::MAX);
                         let caller = Arc::new(caller);
                         apply(core, at);
@@ -404,14 +406,10 @@ impl Engine {
             let (given, this) = (named.to_string(), job.id.to_string());
             return Verdict::Deny(Error::WrongName { verb: Verb::Destroy, given, this });
         }
-        if job.hold.0 {
-            return Verdict::Deny(Error::Held { job: job.id.clone() });
-        }
         if let Some(op) = job.creating.values().next() {
             return Verdict::Deny(in_flight(core, *op, format!("job {}", job.id)));
         }
         let mut lines = Vec::new();
-        let mut unknown = false;
         for (disk, row) in &job.disks {
             let Some(volume) = core.world.volumes.get(row) else { continue };
             if let Some(running) = volume.running {
@@ -420,7 +418,11 @@ impl Engine {
             }
             match volume.base {
                 Status::Detached | Status::Attached | Status::Missing => {}
-                Status::Unknown => unknown = true,
+                // X10: it stops, where a single volume's command would look first.
+                Status::Unknown => {
+                    let why = volume.why.as_deref().unwrap_or("nobody can tell yet").into();
+                    lines.push((disk.clone(), Error::NotSettled { volume: volume.uuid, status: volume.base, why }));
+                }
                 status => {
                     let way_out = "destroy deletes only what is detached, attached and unused, or missing";
                     lines.push((disk.clone(), Error::WrongStatus { volume: volume.uuid, status, way_out }));
@@ -430,7 +432,7 @@ impl Engine {
         if !lines.is_empty() {
             return Verdict::Deny(Error::Several { lines });
         }
-        if unknown { Verdict::Reconcile } else { Verdict::Start }
+        Verdict::Start
     }
 }
 

@@ -255,10 +255,8 @@ impl Engine {
             let world = self.world();
             let rows: Vec<DiskRow> = match target {
                 Target::Volume(row) => vec![row],
-                Target::Job(row) => {
-                    world.jobs.get(&row).map(|j| j.disks.values().copied().collect()).unwrap_or_default()
-                }
-                Target::Root => Vec::new(),
+                // A job's commands look through those of its volumes, or not at all (X10).
+                Target::Job(_) | Target::Root => Vec::new(),
             };
             let unclear = |row: &DiskRow| world.volumes.get(row).is_some_and(|v| v.base == Status::Unknown);
             rows.into_iter().filter(unclear).collect()
@@ -291,7 +289,7 @@ impl Engine {
                 if let Some(vm) = vm {
                     self.publish(|core, _| core.watch(*vm));
                 }
-                self.round().await
+                self.settle_all(*vm).await
             }
             (Target::Job(row), Action::Cancel { id: None }) => self.cancel_job(row),
             (_, Action::Cancel { id: Some(id) }) => self.cancel(*id),
@@ -372,6 +370,14 @@ impl Engine {
             can_force: self.about.can_force,
         };
         let verdict = admit(&situation, action, caller);
+        if verdict == Verdict::AlreadyDone
+            && let Action::Attach { slot: Some(slot), .. } = action
+            && volume.device_id != Some(slot.number())
+        {
+            // C3: an id asked for is verified, also where there is nothing left to do.
+            let vm = volume.vm.unwrap_or(self.host);
+            return Verdict::Deny(Error::AttachedElsewhere { volume: volume.uuid, vm });
+        }
         if verdict != Verdict::Start {
             return verdict;
         }
@@ -415,6 +421,10 @@ impl Engine {
             }
             None => None,
         };
+        let taking = matches!(action.verb(), Verb::Destroy | Verb::Revert | Verb::Move);
+        if job.hold.0 && taking {
+            return Verdict::Deny(Error::Held { job: job.id.clone() });
+        }
         match action {
             Action::Create { disk, .. } => begun(disk).unwrap_or(Verdict::Start),
             Action::Claim { volume, disk, from } => {
@@ -450,27 +460,22 @@ impl Engine {
                 }
             }
             Action::Destroy { job: named } => Engine::admit_destroy(core, job, named),
+            Action::Revert { .. } if job.hold.0 => Verdict::Deny(Error::Held { job: job.id.clone() }),
             Action::Snapshot { .. } | Action::Revert { .. } | Action::DeleteSnapshot { .. }
                 if !self.about.snapshots =>
             {
                 Verdict::Deny(Error::Unsupported { provider: self.about.name, what: action.verb().to_string() })
             }
-            Action::Move { job: to } => {
-                if job.hold.0 {
-                    return Verdict::Deny(Error::Held { job: job.id.clone() });
-                }
-                match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
-                    None => Verdict::Deny(Error::NoSuchJob { job: to.clone() }),
-                    Some(there) if there.row == row => Verdict::AlreadyDone,
-                    Some(there) => {
-                        match job.disks.keys().find(|d| there.disks.contains_key(*d) || there.creating.contains_key(*d))
-                        {
-                            Some(disk) => Verdict::Deny(Error::DiskExists { job: to.clone(), disk: disk.clone() }),
-                            None => Verdict::Start,
-                        }
+            Action::Move { job: to } => match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
+                None => Verdict::Deny(Error::NoSuchJob { job: to.clone() }),
+                Some(there) if there.row == row => Verdict::AlreadyDone,
+                Some(there) => {
+                    match job.disks.keys().find(|d| there.disks.contains_key(*d) || there.creating.contains_key(*d)) {
+                        Some(disk) => Verdict::Deny(Error::DiskExists { job: to.clone(), disk: disk.clone() }),
+                        None => Verdict::Start,
                     }
                 }
-            }
+            },
             _ => Verdict::Start,
         }
     }
@@ -586,9 +591,14 @@ impl Engine {
     }
 
     /// Who has the device, from a walk of /proc that callers share. Empty: nobody, or no device.
+    /// `CannotTell` where there may be a device that is not verified (rule R9).
     pub fn holders(&self, volume: DiskRow) -> Ticket<Arc<Vec<Holder>>> {
         let dev = match self.world().volumes.get(&volume) {
             None => return Ticket::done(Err(Error::Departed)),
+            Some(volume) if matches!(volume.base, Status::Unknown | Status::Conflict) => {
+                let why = format!("volume {} is {}, and so is its device", volume.uuid, volume.base);
+                return Ticket::done(Err(Error::CannotTell { why }));
+            }
             Some(volume) => volume.mapping.as_ref().filter(|m| m.pin.alive()).map(|m| m.dev),
         };
         let Some(dev) = dev else { return Ticket::done(Ok(Arc::new(Vec::new()))) };

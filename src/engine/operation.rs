@@ -183,6 +183,7 @@ impl Engine {
         let at = (self.clock)();
         let mut late = None;
         changes.push(Change::OpEnd { id: live.id, outcome: Outcome::Done, sentence: note.clone(), at });
+        changes.iter_mut().for_each(|change| change.date(at));
         if let Err(error) = self.store.commit(changes.clone()).await {
             let error =
                 Error::NotRecorded { what: format!("`{}`", command::spell(&live.action)), words: error.to_string() };
@@ -204,7 +205,7 @@ impl Engine {
                 return;
             }
         }
-        self.publish(|core, at| {
+        self.publish_at(at, |core, at| {
             if let Some(apply) = apply {
                 apply(core, at);
             }

@@ -301,6 +301,9 @@ impl Engine {
         let what = format!("rename of disk {} to {to}", volume.disk);
         let job = self.job_of(volume.job)?;
         if volume.base != Status::Missing {
+            // Its mark alone would not tell that it is protected.
+            self.step(live, "look at the volume in the cloud")?;
+            self.look_ours(&volume, &what).await?;
             self.step(live, "tell the cloud the disk's name")?;
             let mark = self.mark(&volume);
             let label = Label { mark, job, disk: to.clone() };

@@ -29,6 +29,11 @@ struct Settled {
     changes: Vec<Change>,
 }
 
+fn not_settled(volume: &Volume) -> Error {
+    let why = volume.why.as_deref().unwrap_or("nobody can tell").into();
+    Error::NotSettled { volume: volume.uuid, status: volume.base, why }
+}
+
 impl Engine {
     fn rules(&self) -> Rules {
         Rules { host: self.host, exact_size: self.exact_size }
@@ -65,6 +70,10 @@ impl Engine {
             mark: self.mark(&before),
         };
         let mut finding = settle(&recorded, cloud, &candidates, self.rules());
+        if finding.status == Status::Conflict {
+            // Without a mapping nothing else ties these names to the volume.
+            self.core.lock().contenders.extend(candidates.iter().map(|d| (d.name.clone(), before.row)));
+        }
         let mut mapping = None;
         if let Some(disk) = &finding.device {
             match self.map(&before, disk).await {
@@ -142,7 +151,9 @@ impl Engine {
             let core = self.core.lock();
             settled.into_iter().filter(|s| still(&core, s)).collect()
         };
-        let changes: Vec<Change> = settled.iter().flat_map(|s| s.changes.iter().cloned()).collect();
+        let at = (self.clock)();
+        let mut changes: Vec<Change> = settled.iter().flat_map(|s| s.changes.iter().cloned()).collect();
+        changes.iter_mut().for_each(|change| change.date(at));
         let mut recorded = true;
         if !changes.is_empty() && self.read_only.is_none() {
             let outcome = self.store.commit(changes).await;
@@ -152,7 +163,7 @@ impl Engine {
                 .map(|e| Error::NotRecorded { what: "what reconciling found".into(), words: e.to_string() });
             self.store_health(failed.as_ref());
         }
-        self.publish(|core, at| {
+        self.publish_at(at, |core, at| {
             for s in settled {
                 if still(core, &s) {
                     core.show(s, recorded, at);
@@ -211,12 +222,30 @@ impl Engine {
         }
         let volume = self.world().volumes.get(&row).cloned().ok_or(Error::Departed)?;
         match volume.base {
-            Status::Unknown | Status::Conflict if volume.running.is_none() => Err(Error::NotSettled {
-                volume: volume.uuid,
-                status: volume.base,
-                why: volume.why.as_deref().unwrap_or("nobody can tell").into(),
-            }),
+            Status::Unknown | Status::Conflict if volume.running.is_none() => Err(not_settled(&volume)),
             _ => Ok(()),
+        }
+    }
+
+    /// `reconcile` at the root: success only if all is settled afterwards, or with a VM: if what is
+    /// attached to it was told, and no volume of ours that may be there is in doubt.
+    pub(super) async fn settle_all(&self, vm: Option<VmId>) -> Result<(), Error> {
+        self.round().await?;
+        let concerned = |v: &Volume| vm.is_none() || v.vm == vm;
+        let waits_for_second_look = {
+            let core = self.core.lock();
+            let absent = |v: &Arc<Volume>| v.base == Status::Unknown && core.absent.contains_key(&v.uuid);
+            core.world.volumes.values().any(|v| concerned(v) && absent(v))
+        };
+        if waits_for_second_look {
+            tokio::time::sleep(self.absence_gap()).await;
+            self.round().await?;
+        }
+        let world = self.world();
+        let doubt = |v: &&Arc<Volume>| v.running.is_none() && matches!(v.base, Status::Unknown | Status::Conflict);
+        match world.volumes.values().filter(|v| concerned(v)).find(doubt) {
+            Some(volume) => Err(not_settled(volume)),
+            None => Ok(()),
         }
     }
 
@@ -307,6 +336,10 @@ impl Engine {
             true => Ok(Vec::new()),
             false => self.cloud.survey(&Survey { vms: named, ..Survey::default() }).await,
         };
+        let listed = on_vms.as_ref().map(|_| ()).map_err(|e| Error::CloudUnreachable {
+            what: "listing the volumes of other VMs".into(),
+            words: e.to_string(),
+        });
         self.publish(|core, at| {
             core.world.counters.reconciles += 1;
             core.world.health.reconciler = Component::Ok;
@@ -322,7 +355,7 @@ impl Engine {
             core.show_unclaimed(volumes, &disks, host, record, at);
             core.age_views(at, self.interval);
         });
-        Ok(())
+        listed
     }
 
     /// Volumes that carry no mark of ours any more, or are in no job, are asked for one by one, so
@@ -395,6 +428,7 @@ impl Engine {
         };
         let mut rows = BTreeSet::new();
         rows.extend(world.by_device.get(name).copied());
+        rows.extend(self.core.lock().contenders.remove(name));
         if let Some(disk) = &disk {
             let mapped = |v: &Volume| {
                 v.mapping.as_ref().is_some_and(|m| m.incarnation == disk.incarnation && m.size == disk.size)

@@ -343,7 +343,7 @@ fn control_is_read_copied_and_keeps_its_inode_number() {
     let (status, said) = m.run(&format!("cp $R/jobs/a/control {}", copy.path().display()));
     assert_eq!((status, said.as_str()), (0, ""));
     let text = read(copy.path());
-    assert!(text.starts_with('#') && text.contains("\nattach\tallowed\n"), "{text}");
+    assert!(text.starts_with('#') && text.contains("\nattach:\tallowed\n"), "{text}");
     assert_eq!(fs::metadata(&control).unwrap().len(), text.len() as u64);
     // As an editor writes it back.
     assert_eq!(code(fs::write(&control, text)), libc::EINVAL);

@@ -1,11 +1,14 @@
 //! The tree through a real mount, as a user would: real shells, real loop devices.
 
 mod bring;
+mod commands;
 mod common;
 mod concurrency;
 mod crash;
+mod errors;
 mod events;
 mod in_use;
+mod identity;
 mod rules;
 mod shells;
 mod statuses;

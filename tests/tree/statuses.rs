@@ -14,7 +14,7 @@ const QUIET: &str = "reconcile_interval = 3600\n";
 fn verbs(volfs: &Volfs, path: &str) -> BTreeMap<String, String> {
     let text = volfs.read(path).unwrap();
     assert!(text.starts_with('#'), "{text}");
-    let line = |l: &str| l.split_once('\t').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+    let line = |l: &str| l.split_once(":\t").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
     text.lines().skip(1).map(line).collect()
 }
 

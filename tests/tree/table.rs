@@ -60,11 +60,12 @@ const TABLE: [Row; 14] = [
     row("X5", "snapshot s",      [(EOPNOTSUPP, SAME),   (EOPNOTSUPP, SAME),(EBUSY, SAME),     (EBUSY, SAME),            (ENOENT, SAME),    (EOPNOTSUPP, "detached"), (EPERM, SAME)]),
     row("X6", "revert s",        [(EOPNOTSUPP, SAME),   (EBUSY, SAME),     (EBUSY, SAME),     (EBUSY, SAME),            (ENOENT, SAME),    (EOPNOTSUPP, "detached"), (EPERM, SAME)]),
     row("X7", "delete {u}",      [(OK, GONE),           (EBUSY, SAME),     (EBUSY, SAME),     (EBUSY, SAME),            (OK, GONE),        (OK, GONE),            (EPERM, SAME)]),
-    row("X8", "release {u}",     [(OK, GONE),           (EBUSY, SAME),     (OK, GONE),        (OK, GONE),               (OK, GONE),        (OK, GONE),            (OK, GONE)]),
     row("X9", "move other",      [(OK, SAME),           (OK, SAME),        (OK, SAME),        (OK, SAME),               (OK, SAME),        (OK, SAME),            (EPERM, SAME)]),
     row("X9", "disk renamed",    [(OK, SAME),           (OK, SAME),        (OK, SAME),        (OK, SAME),               (OK, SAME),        (OK, SAME),            (EPERM, SAME)]),
     // No row of its own: a look is always let in.
     row("C13", "reconcile",      [(OK, SAME),           (OK, SAME),        (OK, SAME),        (OK, SAME),               (OK, SAME),        (OK, "detached"),      (EHOSTUNREACH, SAME)]),
+    // Last: it has the rest looked at.
+    row("X8", "release {u}",     [(OK, GONE),           (EBUSY, SAME),     (OK, GONE),        (OK, GONE),               (OK, GONE),        (OK, GONE),            (OK, GONE)]),
 ];
 
 struct Stage {

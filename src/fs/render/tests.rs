@@ -212,8 +212,9 @@ fn control_says_what_is_allowed_and_can_never_be_a_command() {
         let text = a.text(&path).unwrap();
         assert!(text.starts_with('#') && text.lines().count() > 1, "{text}");
         assert!(text.lines().skip(1).all(|l| l.ends_with("\tallowed") || l.contains("\tno: ")), "{text}");
-        verbs
-            .push(text.lines().skip(1).map(|l| l.split('\t').next().unwrap().to_owned()).collect::<Vec<_>>().join(" "));
+        verbs.push(
+            text.lines().skip(1).map(|l| l.split(":\t").next().unwrap().to_owned()).collect::<Vec<_>>().join(" "),
+        );
         for place in [crate::command::Place::Root, crate::command::Place::Job, crate::command::Place::Volume] {
             assert!(crate::command::parse(text.as_bytes(), place).is_err());
         }
@@ -221,7 +222,7 @@ fn control_says_what_is_allowed_and_can_never_be_a_command() {
     assert_eq!(verbs[0], "reconcile cancel abandon");
     assert_eq!(verbs[1], "create claim attach detach snapshot revert delete-snapshot move destroy cancel");
     assert_eq!(verbs[2], "attach detach resize snapshot revert delete-snapshot delete release move disk reconcile");
-    assert!(a.text(&v1("control")).unwrap().contains("revert\tno: not\\012now\n"), "a reason is one line");
+    assert!(a.text(&v1("control")).unwrap().contains("revert:\tno: not\\012now\n"), "a reason is one line");
 }
 
 #[test]
