@@ -62,18 +62,20 @@ fn served(volfs: &Volfs) -> Vec<String> {
 fn works(volfs: &Volfs) {
     let at = 15 << 20;
     let block = volfs.path("jobs/a/disks/d/block");
-    let file = match fs::OpenOptions::new().read(true).write(true).open(&block) {
-        Ok(file) => file,
-        // The kernel opens a device that it swaps to for nobody.
+    let file = fs::OpenOptions::new().read(true).write(true).open(&block).unwrap();
+    let text = format!("{:?}", std::time::Instant::now());
+    match file.write_all_at(text.as_bytes(), at) {
+        // The kernel writes for nobody to a device that it swaps to.
         Err(e) if e.kind() == ErrorKind::ExecutableFileBusy => {
             let swaps = fs::read_to_string("/proc/swaps").unwrap();
             assert!(swaps.contains(&format!("{} ", device(volfs))), "{swaps}");
+            let mut magic = [0; 10];
+            file.read_exact_at(&mut magic, 4086).unwrap();
+            assert_eq!(&magic, b"SWAPSPACE2");
             return;
         }
-        Err(e) => panic!("{e}"),
-    };
-    let text = format!("{:?}", std::time::Instant::now());
-    file.write_all_at(text.as_bytes(), at).unwrap();
+        done => done.unwrap(),
+    }
     file.sync_all().unwrap();
     let mut back = vec![0; text.len()];
     file.read_exact_at(&mut back, at).unwrap();
