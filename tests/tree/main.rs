@@ -12,6 +12,7 @@ mod events;
 mod identity;
 mod mounting;
 mod predecessor;
+mod in_use;
 mod rules;
 mod scripts;
 mod shells;
