@@ -28,7 +28,7 @@ use crate::failpoint;
 use crate::model::{Disk, DiskRow, Mark, Outcome, Status, Timestamp, Verb, VolumeId};
 use crate::store::{Change, OpRow, StoreError};
 
-/// A change of the world that goes with a commit.
+/// A change of the world that goes with a commit; what is in the commit with a time has that time.
 pub(super) type Apply = Box<dyn FnOnce(&mut Core, Timestamp) + Send>;
 
 /// What the record and the world learn from an operation that succeeded.
@@ -173,7 +173,8 @@ impl Engine {
                 return;
             }
         }
-        self.publish(|core, at| {
+        // With the record's time, so that a restart shows the same one.
+        self.publish(|core, _| {
             if let Some(apply) = apply {
                 apply(core, at);
             }
@@ -236,7 +237,7 @@ impl Engine {
                 words: store.to_string(),
             }));
         }
-        self.publish(|core, at| {
+        self.publish(|core, _| {
             if let (true, Some(row)) = (ambiguous, volume) {
                 core.with_volume(row, at, |v| {
                     v.base = Status::Unknown;

@@ -25,6 +25,8 @@ struct Settled {
     seen: Option<CloudVolume>,
     mapping: Option<Arc<Mapping>>,
     changes: Vec<Change>,
+    /// When, as in the changes.
+    at: Timestamp,
 }
 
 impl Engine {
@@ -94,6 +96,7 @@ impl Engine {
             return None;
         }
         let at = (self.clock)();
+        let mapping = mapping.map(|m| if same_mapping { m } else { Arc::new(Mapping { at, ..(*m).clone() }) });
         let mut changes = Vec::new();
         if let Some(seen) = &seen
             && !same_facts
@@ -119,7 +122,7 @@ impl Engine {
         if finding.status != before.recorded && !(finding.status == Status::Unknown && seen.is_none()) {
             changes.push(Change::VolumeStatus { volume: before.uuid, status: finding.status, at });
         }
-        Some(Settled { before, finding, seen, mapping, changes })
+        Some(Settled { before, finding, seen, mapping, changes, at })
     }
 
     /// Records and publishes what was found, but for volumes that something has happened to since.
@@ -144,10 +147,10 @@ impl Engine {
                 .map(|e| Error::NotRecorded { what: "what reconciling found".into(), words: e.to_string() });
             self.store_health(failed.as_ref());
         }
-        self.publish(|core, at| {
+        self.publish(|core, _| {
             for s in settled {
                 if still(core, &s) {
-                    core.show(s, recorded, at);
+                    core.show(s, recorded);
                 }
             }
         });
@@ -399,8 +402,8 @@ impl Engine {
 }
 
 impl Core {
-    fn show(&mut self, s: Settled, recorded: bool, at: Timestamp) {
-        let Settled { before, finding, seen, mapping, changes } = s;
+    fn show(&mut self, s: Settled, recorded: bool) {
+        let Settled { before, finding, seen, mapping, changes, at } = s;
         if finding.drift {
             self.world.counters.drift += 1;
             tracing::warn!(volume = %before.uuid, from = %before.base, to = %finding.status,
