@@ -299,9 +299,14 @@ fn mount_takes_flags_before_variables_before_the_file_before_defaults() {
 
 /// What a demo leaves: its place in `dir`, mounts below it, loop devices of it.
 fn left_by_demo(dir: &Path) -> Vec<String> {
-    let mut left: Vec<String> =
-        fs::read_dir(dir).unwrap().map(|e| e.unwrap().path().display().to_string()).collect();
-    left.extend(fs::read_to_string("/proc/self/mountinfo").unwrap().lines().filter(|l| l.contains(dir.to_str().unwrap())).map(str::to_owned));
+    let mut left: Vec<String> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path().display().to_string()).collect();
+    left.extend(
+        fs::read_to_string("/proc/self/mountinfo")
+            .unwrap()
+            .lines()
+            .filter(|l| l.contains(dir.to_str().unwrap()))
+            .map(str::to_owned),
+    );
     left.extend(super::common::loops_below(dir));
     left
 }
@@ -311,7 +316,12 @@ fn mount_demo_ends_in_time_and_leaves_nothing_behind_also_when_interrupted() {
     let dir = tempfile::Builder::new().prefix("volfs-test-").tempdir().unwrap();
     let demo = || {
         let mut command = Command::new(env!("CARGO_BIN_EXE_volfs"));
-        command.arg("demo").env("TMPDIR", dir.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .arg("demo")
+            .env("TMPDIR", dir.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         command.spawn().unwrap()
     };
     let began = Instant::now();
@@ -358,9 +368,8 @@ fn mount_again_shows_ten_attached_volumes_with_the_same_devices_ids_and_times() 
     }
     let look = |volfs: &Volfs| paths.iter().map(|p| (p.clone(), seen(volfs, p))).collect::<Vec<_>>();
     let values = |volfs: &Volfs| {
-        let of = |uuid: &String| {
-            ["device", "incarnation"].map(|file| volfs.value(format!("jobs/j/volumes/{uuid}/{file}")))
-        };
+        let of =
+            |uuid: &String| ["device", "incarnation"].map(|file| volfs.value(format!("jobs/j/volumes/{uuid}/{file}")));
         uuids.iter().map(of).collect::<Vec<_>>()
     };
     let (before, devices) = (look(&volfs), values(&volfs));
