@@ -1,5 +1,8 @@
 //! The tree through a real mount, as a user would: real shells, real loop devices.
 
+// In helpers of tests, too.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
 mod adversary;
 mod bad_input;
 mod bring;
