@@ -1125,7 +1125,7 @@ fn c13_reconcile_of_a_vm_lists_it_and_fails_when_its_disks_cannot_be_told() {
     done(&volfs, &uuids[0], &format!("attach vm={there}"));
     edit_meta(&volfs, &stranger, |m| m["attached"] = json!({"vm": there, "device_id": 0}));
     assert_eq!(volfs.write("control", &format!("reconcile vm={there}")), 0);
-    let mut wanted = vec![uuids[0].clone(), stranger.clone()];
+    let mut wanted = [uuids[0].clone(), stranger.clone()];
     wanted.sort();
     assert_eq!(volfs.ok(&format!("ls $R/vms/{there}")), wanted.join("\n"), "its own disks included");
     // One volume whose metadata cannot be read may be on that VM.
