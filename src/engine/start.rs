@@ -158,7 +158,13 @@ impl Core {
             if let Some(volume) = self.world.volumes.get(&row) {
                 let mut volume = (**volume).clone();
                 volume.times = times;
+                let job = volume.job;
                 self.world.volumes.insert(row, Arc::new(volume));
+                self.with_job(job, at, |j| {
+                    // The first volume replaces what putting it has set to now.
+                    j.listed_at = if j.listed_at == at { times.owned } else { j.listed_at.max(times.owned) };
+                    j.status_at = if j.status_at == at { times.status } else { j.status_at.max(times.status) };
+                });
             }
         }
         self.volume_rows = loaded.volume_rows.iter().copied().collect::<HashMap<_, _>>();
@@ -170,7 +176,14 @@ impl Core {
                 self.add_history(row, job, ended);
             }
         }
-        self.world.listed_at = at;
+        // What came is known by its own time, what went by the operation that ended it.
+        let listed = |v: &Verb| {
+            matches!(v, Verb::Rmdir | Verb::Detach | Verb::Delete | Verb::Release | Verb::Move | Verb::Destroy)
+        };
+        let acted = self.world.history.iter().filter(|h| h.outcome == Outcome::Done && listed(&h.verb)).map(|h| h.at);
+        let made = self.world.jobs.values().map(|j| j.created.max(j.listed_at));
+        let here = self.world.volumes.values().map(|v| v.times.device.max(v.times.owned));
+        self.world.listed_at = acted.chain(made).chain(here).max().unwrap_or(at);
         self.take_events();
     }
 }
@@ -217,7 +230,8 @@ fn from_record(
         owned: loaded.at,
         status: loaded.status_at,
         device: loaded.mapping.as_ref().map_or(loaded.at, |m| m.at),
-        facts: loaded.at,
+        // `vm` changes with the status, and a resize records its status anew.
+        facts: loaded.at.max(loaded.status_at),
         error: loaded.at,
         history: loaded.at,
     };

@@ -252,6 +252,7 @@ impl Engine {
             Err(error) => return Err(cannot_tell(error)),
         };
         let at = (self.clock)();
+        let mapping = Arc::new(Mapping { at, ..(*mapping).clone() });
         let host = self.host;
         let changes = vec![
             facts(&seen, &serial),
@@ -261,7 +262,7 @@ impl Engine {
         Ok(Done {
             note: format!("/dev/{}", mapping.name),
             changes,
-            apply: Some(Box::new(move |core, at| {
+            apply: Some(Box::new(move |core, _| {
                 core.with_volume(row, at, |v| {
                     show_facts(v, &seen);
                     v.serial = serial.into();
@@ -328,7 +329,7 @@ impl Engine {
         Ok(Done {
             note: format!("VM {vm}"),
             changes,
-            apply: Some(Box::new(move |core, at| {
+            apply: Some(Box::new(move |core, _| {
                 core.with_volume(row, at, |v| {
                     show_facts(v, &seen);
                     v.base = Status::Remote;
@@ -371,7 +372,7 @@ impl Engine {
         Ok(Done {
             note: if force { "forced".into() } else { String::new() },
             changes,
-            apply: Some(Box::new(move |core, at| {
+            apply: Some(Box::new(move |core, _| {
                 core.with_volume(row, at, |v| {
                     show_facts(v, &after);
                     v.base = status;
@@ -577,14 +578,16 @@ impl Engine {
             _ => None,
         };
         let seen = CloudVolume { size, ..seen };
-        let mut changes = vec![facts(&seen, &volume.serial)];
+        let at = (self.clock)();
+        let mut changes =
+            vec![facts(&seen, &volume.serial), Change::VolumeStatus { volume: volume.uuid, status: volume.base, at }];
         if let Some(mapping) = &mapping {
             changes.push(Change::MappingSet(mapping_row(&volume, mapping, self.host)));
         }
         Ok(Done {
             note: format!("{size} bytes"),
             changes,
-            apply: Some(Box::new(move |core, at| {
+            apply: Some(Box::new(move |core, _| {
                 core.with_volume(row, at, |v| {
                     show_facts(v, &seen);
                     if mapping.is_some() {
@@ -674,7 +677,7 @@ impl Engine {
                 Change::DiskEnd { row },
                 Change::VolumeGone { volume: uuid, at },
             ],
-            apply: Some(Box::new(move |core, at| {
+            apply: Some(Box::new(move |core, _| {
                 core.drop_volume(row, at, false);
                 core.absent.remove(&uuid);
                 core.event(None, json!({"event": "deleted", "volume": uuid}));

@@ -105,7 +105,7 @@ impl Scene<'_> {
         };
         let after = self.incarnation(victim);
         let same = before.is_some() && before == after;
-        let undisturbed = detaching % 2 == 0 && victim.detaching.load(SeqCst) == detaching;
+        let undisturbed = detaching.is_multiple_of(2) && victim.detaching.load(SeqCst) == detaching;
         if let Some(found) = found {
             if if way == 0 { same } else { undisturbed } {
                 let inode = victim.file.1;
