@@ -164,7 +164,7 @@ pub enum Error {
     CloudUnreachable { what: String, words: String },
     #[error("the cloud gave no clear answer to {what}: {words}; the status is unknown until it is reconciled")]
     CloudAmbiguous { what: String, words: String },
-    #[error("volume {volume} is still {status} after reconciling: {why}")]
+    #[error("volume {volume} is {status}, which is not settled: {why}; `reconcile` it once that has ended")]
     NotSettled { volume: VolumeId, status: Status, why: String },
     // E11
     #[error("no capacity for {what}: {words}")]

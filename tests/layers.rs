@@ -340,7 +340,7 @@ fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
 
 /// Files and directories that are tests as a whole.
 fn is_test(file: &Path) -> bool {
-    file.iter().any(|c| c == "tests" || c == "tests.rs")
+    file.iter().any(|c| c == "tests" || c.to_string_lossy().ends_with("tests.rs") || c == "testing.rs")
 }
 
 #[test]

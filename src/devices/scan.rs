@@ -320,6 +320,8 @@ impl Source {
         match result {
             Ok(Some(facts)) => Reading::Known(facts, Instant::now()),
             Ok(None) => Reading::Changed,
+            // A loop device that is being unbound cannot be opened, a moment before its number rises.
+            Err(e) if is_loop(&self.name) && e.raw_os_error() == Some(libc::ENXIO) => Reading::Changed,
             Err(e) if is_gone(&e) && !matches!(self.sysfs.diskseq(&self.name), Ok(now) if now == self.seq) => {
                 Reading::Changed
             }

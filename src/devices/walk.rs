@@ -391,7 +391,8 @@ impl Process {
         let mut bytes = Vec::new();
         match (&file).read_to_end(&mut bytes) {
             Ok(_) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+            // Between open and read the process can die, or the descriptor be closed.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ESRCH | libc::ENOENT)) => Ok(None),
             Err(e) => Err(e),
         }
     }

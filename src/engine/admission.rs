@@ -104,7 +104,7 @@ fn may(s: &Situation<'_>, action: &Action, caller: &Caller) -> Result<(), Error>
             if !caller.is_root() {
                 return Err(Error::RootOnly { what: "detach … force" });
             }
-            if elsewhere(*vm, s.host).is_none() && !s.can_force && s.status == Status::Attached {
+            if elsewhere(*vm, s.host).is_none() && !s.can_force && matches!(s.status, Status::Attached | Status::Lost) {
                 return Err(Error::CannotForce { volume: s.volume });
             }
         }

@@ -39,7 +39,9 @@ pub(super) struct Core {
     /// Job names that a mkdir in flight is about.
     pub making: HashSet<JobId>,
     /// When the cloud first did not show a volume.
-    pub absent: HashMap<VolumeId, Instant>,
+    pub absent: HashMap<VolumeId, tokio::time::Instant>,
+    /// Devices that made a volume `conflict`: it is looked at again when one of them changes.
+    pub contenders: HashMap<Arc<str>, DiskRow>,
     /// False from the beginning of a shutdown.
     pub accepting: bool,
     /// Rows of the root's history.
@@ -64,6 +66,8 @@ pub(super) struct Live {
     pub journaled: Ticket,
     /// Set by `cancel`, by a destroy's interrupted caller, and by `abandon`.
     pub stop: Arc<AtomicBool>,
+    /// Taken by who ends it: its own conclusion, or `abandon`. Never both.
+    pub ending: Arc<AtomicBool>,
     /// Who asked.
     pub caller: Arc<Caller>,
     /// Began.
@@ -79,6 +83,11 @@ pub(super) struct Live {
 }
 
 impl Live {
+    /// Takes the right to end it; false if somebody has it.
+    pub fn take_end(&self) -> bool {
+        !self.ending.swap(true, Ordering::SeqCst)
+    }
+
     /// Whether it was asked to stop before its next step.
     pub fn stopping(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
@@ -88,6 +97,11 @@ impl Live {
 /// What a volume shows while a destroy has it.
 fn reservation(op: OpId) -> Running {
     Running { op, verb: Verb::Destroy, withdrawn: true }
+}
+
+/// Frees the disk name that an operation has taken in a job.
+fn let_go(job: &mut Job, op: OpId) {
+    job.creating = job.creating.iter().filter(|(_, o)| **o != op).map(|(d, o)| (d.clone(), *o)).collect();
 }
 
 impl Core {
@@ -101,6 +115,7 @@ impl Core {
             claiming: HashSet::new(),
             making: HashSet::new(),
             absent: HashMap::new(),
+            contenders: HashMap::new(),
             accepting: true,
             most_history,
             events: Vec::new(),
@@ -373,6 +388,7 @@ impl Core {
             ticket: Ticket::default(),
             journaled: Ticket::default(),
             stop: Arc::new(AtomicBool::new(false)),
+            ending: Arc::new(AtomicBool::new(false)),
             caller,
             began: at,
             clock: Instant::now(),
@@ -393,6 +409,19 @@ impl Core {
             Target::Volume(row) => {
                 let withdrawn = verb == Verb::Detach;
                 self.with_volume(row, at, |v| v.running = Some(Running { op: live.id, verb, withdrawn }));
+                // The name is taken from now on, so that nothing else gets it and its job is not forgotten.
+                if let (Some((job, _)), Some(old)) = (&job, &disk) {
+                    let taken = match &live.action {
+                        Action::Move { job } => self.world.job_rows.get(job).map(|to| (*to, old.clone())),
+                        Action::Disk { name } => Some((*job, name.clone())),
+                        _ => None,
+                    };
+                    if let Some((job, name)) = taken {
+                        self.with_job(job, at, |job| {
+                            job.creating.insert(name, live.id);
+                        });
+                    }
+                }
             }
             Target::Job(row) => match &live.action {
                 Action::Create { disk, .. } => self.with_job(row, at, |job| {
@@ -474,24 +503,37 @@ impl Core {
         let destroying = |parent: &OpId| self.live.get(parent).is_some_and(|l| l.action.verb() == Verb::Destroy);
         let back = live.parent.filter(destroying).map(reservation);
         match live.target {
-            Target::Volume(row) => self.with_volume(row, at, |v| {
-                if v.running.is_some_and(|r| r.op == live.id) {
-                    v.running = back;
+            Target::Volume(row) => {
+                self.with_volume(row, at, |v| {
+                    if v.running.is_some_and(|r| r.op == live.id) {
+                        v.running = back;
+                    }
+                });
+                let named_in = match &live.action {
+                    Action::Move { job } => self.world.job_rows.get(job).copied(),
+                    Action::Disk { .. } => self.world.volumes.get(&row).map(|v| v.job),
+                    _ => None,
+                };
+                if let Some(job) = named_in {
+                    self.with_job(job, at, |job| let_go(job, live.id));
                 }
-            }),
+            }
             Target::Job(row) => {
                 if let Action::Claim { volume, .. } = &live.action {
                     self.claiming.remove(volume);
                 }
                 self.with_job(row, at, |job| {
-                    job.creating =
-                        job.creating.iter().filter(|(_, op)| **op != live.id).map(|(d, op)| (d.clone(), *op)).collect();
+                    let_go(job, live.id);
                     if job.running == Some(live.id) {
                         job.running = None;
                     }
                 });
-                let reserved: Vec<DiskRow> =
-                    self.world.jobs.get(&row).map(|job| job.disks.values().copied().collect()).unwrap_or_default();
+                let reserved: Vec<DiskRow> = match live.action {
+                    Action::Destroy { .. } => {
+                        self.world.jobs.get(&row).map(|job| job.disks.values().copied().collect()).unwrap_or_default()
+                    }
+                    _ => Vec::new(),
+                };
                 for volume in reserved {
                     let ours = |v: &Arc<Volume>| v.running.is_some_and(|r| r.op == live.id);
                     if self.world.volumes.get(&volume).is_some_and(ours) {
@@ -573,7 +615,11 @@ impl Core {
 impl Engine {
     /// The publish step: every change of a published value passes here, and nowhere else.
     pub(super) fn publish<R>(&self, change: impl FnOnce(&mut Core, Timestamp) -> R) -> R {
-        let at = (self.clock)();
+        self.publish_at((self.clock)(), change)
+    }
+
+    /// The same, dated as the commit that it shows.
+    pub(super) fn publish_at<R>(&self, at: Timestamp, change: impl FnOnce(&mut Core, Timestamp) -> R) -> R {
         let (result, world, pushed) = {
             let mut core = self.core.lock();
             let result = change(&mut core, at);

@@ -54,7 +54,7 @@ struct Ring {
 impl Events {
     /// A ring of at most `most` events.
     pub fn new(most: usize) -> Self {
-        Self { ring: Mutex::new(Ring { next: 0, kept: VecDeque::new(), most }), wake: Mutex::new(None) }
+        Self { ring: Mutex::new(Ring { next: 0, kept: VecDeque::new(), most: most.max(1) }), wake: Mutex::new(None) }
     }
 
     /// Calls `wake` whenever [`Events::wake`] is called: after pushes, outside the engine's locks.

@@ -60,7 +60,7 @@ impl Engine {
                 id: id.clone(),
                 change: Change::JobAdd { row, id: id.clone(), at },
                 undo: vec![Change::JobForget { row, at }],
-                apply: Box::new(move |core, _| {
+                apply: Box::new(move |core, at| {
                     core.making.remove(&added);
                     core.event(Some(row), serde_json::json!({"event": "job", "job": added.as_str()}));
                     core.put_job(new_job(row, added, at), at);
@@ -105,9 +105,9 @@ impl Engine {
                 verb: Verb::Rmdir,
                 command: format!("rmdir {id}"),
                 job: row,
-                id,
+                id: id.clone(),
                 change: Change::JobForget { row, at },
-                undo: Vec::new(),
+                undo: vec![Change::JobAdd { row, id, at }],
                 apply: Box::new(move |core, at| core.remove_job(row, at)),
                 give_up: Box::new(move |core, at| core.with_job(row, at, |job| job.running = None)),
             },
@@ -123,7 +123,7 @@ impl Engine {
             let back = Change::JobVmName { row, vm_name: was.vm_name.0.to_string(), at };
             (Change::JobVmName { row, vm_name: value, at }, back)
         };
-        self.set(row, "vm_name", caller, change, move |job, _| job.vm_name = (now, at))
+        self.set(row, "vm_name", caller, change, move |job, at| job.vm_name = (now, at))
     }
 
     /// A write to `hold`; lowering it takes root.
@@ -136,7 +136,7 @@ impl Engine {
         let at = (self.clock)();
         let change =
             move |was: &Job| (Change::JobHold { row, hold: value, at }, Change::JobHold { row, hold: was.hold.0, at });
-        self.set(row, "hold", caller, change, move |job, _| job.hold = (value, at))
+        self.set(row, "hold", caller, change, move |job, at| job.hold = (value, at))
     }
 
     fn set(
@@ -178,7 +178,7 @@ impl Engine {
         let Some(engine) = self.me.upgrade() else { return Ticket::done(Err(Error::ShuttingDown)) };
         let clock = std::time::Instant::now();
         self.runtime.spawn(async move {
-            let Small { verb, command, job, id, change, undo, apply, give_up } = small;
+            let Small { verb, command, job, id, mut change, undo, apply, give_up } = small;
             let at = (engine.clock)();
             let op = engine.core.lock().next_op();
             let row = OpRow {
@@ -198,6 +198,7 @@ impl Engine {
                 began: at,
                 ended: Some((Outcome::Done, String::new(), at)),
             };
+            change.date(at);
             // The job's row comes first where the operation's refers to it.
             let batch = vec![change, Change::OpBegin(Box::new(row))];
             let mut commit = std::pin::pin!(engine.store.commit(batch));
@@ -213,18 +214,19 @@ impl Engine {
                     let error = fail("no answer within a second".into());
                     engine.note_failure(target, verb.as_str(), &caller, &error);
                     answer.complete(Err(error));
-                    let late = commit.await;
-                    if late.is_ok() && !undo.is_empty() {
-                        if let Err(error) = engine.store.commit(undo).await {
+                    // What is shown follows the record, also where that cannot be taken back.
+                    let stays = match commit.await {
+                        Ok(()) => engine.store.commit(undo).await.err(),
+                        Err(_) => None,
+                    };
+                    match stays {
+                        Some(error) => {
                             tracing::error!(
                                 "`{command}` was refused, is in the record all the same, and stays: {error}"
                             );
+                            engine.publish(apply);
                         }
-                        engine.publish(give_up);
-                    } else if late.is_ok() {
-                        engine.publish(apply);
-                    } else {
-                        engine.publish(give_up);
+                        None => engine.publish(give_up),
                     }
                     return;
                 }
@@ -232,7 +234,7 @@ impl Engine {
             match outcome {
                 Ok(()) => {
                     engine.store_health(None);
-                    engine.publish(|core, at| {
+                    engine.publish_at(at, |core, at| {
                         let took_ms = u64::try_from(clock.elapsed().as_millis()).unwrap_or(u64::MAX);
                         let caller = Arc::new(caller);
                         apply(core, at);
@@ -319,6 +321,7 @@ impl Engine {
             disks.iter().filter_map(|(d, r)| Some((d.clone(), world.volumes.get(r)?.clone()))).collect()
         };
         self.step(live, "test that no volume is in use")?;
+        let mut failed = Vec::new();
         for (disk, volume) in volumes(self) {
             if let Some(mapping) = &volume.mapping {
                 let dev = mapping.dev;
@@ -328,12 +331,13 @@ impl Engine {
                     .map_err(|e| Fail::clean(Error::CannotTell { why: e.to_string() }))?;
                 if !holders.is_empty() {
                     let device = format!("/dev/{}", mapping.name);
-                    let error = Error::InUse { volume: volume.uuid, device, holders };
-                    return Err(Fail::clean(Error::Several { lines: vec![(disk, error)] }));
+                    failed.push((disk, Error::InUse { volume: volume.uuid, device, holders }));
                 }
             }
         }
-        let mut failed = Vec::new();
+        if !failed.is_empty() {
+            return Err(Fail::clean(Error::Several { lines: failed }));
+        }
         for (disk, volume) in volumes(self).into_iter().filter(|(_, v)| v.base == Status::Attached) {
             self.step(live, "phase 1: detach all")?;
             if let Err(error) = self.part(live, &volume, Action::Detach { vm: None, force: false }).await {
@@ -348,14 +352,17 @@ impl Engine {
             if volume.base == Status::Missing {
                 continue;
             }
-            let seen = self
-                .look_ours(&volume, "destroy")
-                .await
-                .map_err(|fail| Fail::clean(Error::Several { lines: vec![(disk.clone(), fail.error)] }))?;
-            if let Some(at) = seen.attached {
-                let error = Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm };
-                return Err(Fail::clean(Error::Several { lines: vec![(disk, error)] }));
+            match self.look_ours(&volume, "destroy").await {
+                Err(fail) => failed.push((disk, fail.error)),
+                Ok(seen) => {
+                    if let Some(at) = seen.attached {
+                        failed.push((disk, Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
+                    }
+                }
             }
+        }
+        if !failed.is_empty() {
+            return Err(Fail::clean(Error::Several { lines: failed }));
         }
         let mut count = 0;
         for (disk, volume) in volumes(self) {
@@ -399,14 +406,10 @@ impl Engine {
             let (given, this) = (named.to_string(), job.id.to_string());
             return Verdict::Deny(Error::WrongName { verb: Verb::Destroy, given, this });
         }
-        if job.hold.0 {
-            return Verdict::Deny(Error::Held { job: job.id.clone() });
-        }
         if let Some(op) = job.creating.values().next() {
             return Verdict::Deny(in_flight(core, *op, format!("job {}", job.id)));
         }
         let mut lines = Vec::new();
-        let mut unknown = false;
         for (disk, row) in &job.disks {
             let Some(volume) = core.world.volumes.get(row) else { continue };
             if let Some(running) = volume.running {
@@ -415,7 +418,11 @@ impl Engine {
             }
             match volume.base {
                 Status::Detached | Status::Attached | Status::Missing => {}
-                Status::Unknown => unknown = true,
+                // X10: it stops, where a single volume's command would look first.
+                Status::Unknown => {
+                    let why = volume.why.as_deref().unwrap_or("nobody can tell yet").into();
+                    lines.push((disk.clone(), Error::NotSettled { volume: volume.uuid, status: volume.base, why }));
+                }
                 status => {
                     let way_out = "destroy deletes only what is detached, attached and unused, or missing";
                     lines.push((disk.clone(), Error::WrongStatus { volume: volume.uuid, status, way_out }));
@@ -425,7 +432,7 @@ impl Engine {
         if !lines.is_empty() {
             return Verdict::Deny(Error::Several { lines });
         }
-        if unknown { Verdict::Reconcile } else { Verdict::Start }
+        Verdict::Start
     }
 }
 

@@ -140,7 +140,7 @@ pub struct Engine {
     round_wanted: Arc<Notify>,
     closing: Arc<Notify>,
     rounds: tokio::sync::Mutex<()>,
-    looked: tokio::sync::watch::Sender<bool>,
+    rounds_ended: tokio::sync::watch::Sender<u64>,
 }
 
 type Watcher = Arc<dyn Fn(&Arc<World>) + Send + Sync>;
@@ -256,10 +256,8 @@ impl Engine {
             let world = self.world();
             let rows: Vec<DiskRow> = match target {
                 Target::Volume(row) => vec![row],
-                Target::Job(row) => {
-                    world.jobs.get(&row).map(|j| j.disks.values().copied().collect()).unwrap_or_default()
-                }
-                Target::Root => Vec::new(),
+                // A job's commands look through those of its volumes, or not at all (X10).
+                Target::Job(_) | Target::Root => Vec::new(),
             };
             let unclear = |row: &DiskRow| world.volumes.get(row).is_some_and(|v| v.base == Status::Unknown);
             rows.into_iter().filter(unclear).collect()
@@ -292,7 +290,7 @@ impl Engine {
                 if let Some(vm) = vm {
                     self.publish(|core, _| core.watch(*vm));
                 }
-                self.round().await
+                self.settle_all(*vm).await
             }
             (Target::Job(row), Action::Cancel { id: None }) => self.cancel_job(row),
             (_, Action::Cancel { id: Some(id) }) => self.cancel(*id),
@@ -373,6 +371,14 @@ impl Engine {
             can_force: self.about.can_force,
         };
         let verdict = admit(&situation, action, caller);
+        if verdict == Verdict::AlreadyDone
+            && let Action::Attach { slot: Some(slot), .. } = action
+            && volume.device_id != Some(slot.number())
+        {
+            // C3: an id asked for is verified, also where there is nothing left to do.
+            let vm = volume.vm.unwrap_or(self.host);
+            return Verdict::Deny(Error::AttachedElsewhere { volume: volume.uuid, vm });
+        }
         if verdict != Verdict::Start {
             return verdict;
         }
@@ -416,6 +422,10 @@ impl Engine {
             }
             None => None,
         };
+        let taking = matches!(action.verb(), Verb::Destroy | Verb::Revert | Verb::Move);
+        if job.hold.0 && taking {
+            return Verdict::Deny(Error::Held { job: job.id.clone() });
+        }
         match action {
             Action::Create { disk, .. } => begun(disk).unwrap_or(Verdict::Start),
             Action::Claim { volume, disk, from } => {
@@ -451,27 +461,22 @@ impl Engine {
                 }
             }
             Action::Destroy { job: named } => Engine::admit_destroy(core, job, named),
+            Action::Revert { .. } if job.hold.0 => Verdict::Deny(Error::Held { job: job.id.clone() }),
             Action::Snapshot { .. } | Action::Revert { .. } | Action::DeleteSnapshot { .. }
                 if !self.about.snapshots =>
             {
                 Verdict::Deny(Error::Unsupported { provider: self.about.name, what: action.verb().to_string() })
             }
-            Action::Move { job: to } => {
-                if job.hold.0 {
-                    return Verdict::Deny(Error::Held { job: job.id.clone() });
-                }
-                match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
-                    None => Verdict::Deny(Error::NoSuchJob { job: to.clone() }),
-                    Some(there) if there.row == row => Verdict::AlreadyDone,
-                    Some(there) => {
-                        match job.disks.keys().find(|d| there.disks.contains_key(*d) || there.creating.contains_key(*d))
-                        {
-                            Some(disk) => Verdict::Deny(Error::DiskExists { job: to.clone(), disk: disk.clone() }),
-                            None => Verdict::Start,
-                        }
+            Action::Move { job: to } => match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
+                None => Verdict::Deny(Error::NoSuchJob { job: to.clone() }),
+                Some(there) if there.row == row => Verdict::AlreadyDone,
+                Some(there) => {
+                    match job.disks.keys().find(|d| there.disks.contains_key(*d) || there.creating.contains_key(*d)) {
+                        Some(disk) => Verdict::Deny(Error::DiskExists { job: to.clone(), disk: disk.clone() }),
+                        None => Verdict::Start,
                     }
                 }
-            }
+            },
             _ => Verdict::Start,
         }
     }
@@ -529,6 +534,14 @@ impl Engine {
     /// C14: ends an operation in the record; whatever it still brings is a late answer.
     async fn abandon(&self, id: OpId, caller: &Caller) -> Result<(), Error> {
         let live = self.core.lock().live.get(&id).cloned().ok_or(Error::NoSuchOperation { id })?;
+        if !live.take_end() {
+            let running = command::spell(&live.action);
+            return Err(Error::InFlight {
+                running,
+                id,
+                object: "the record: it has its answer and ends by itself".into(),
+            });
+        }
         let at = (self.clock)();
         let error = Error::Abandoned { id };
         let sentence = format!("abandoned by uid {} (pid {})", caller.uid, caller.pid);
@@ -539,10 +552,11 @@ impl Engine {
             changes.push(crate::store::Change::VolumeStatus { volume: volume.uuid, status: Status::Unknown, at });
         }
         changes.push(crate::store::Change::OpEnd { id, outcome: Outcome::Abandoned, sentence: sentence.clone(), at });
-        self.store
-            .commit(changes)
-            .await
-            .map_err(|e| Error::NotJournaled { what: format!("`abandon {id}`"), words: e.to_string() })?;
+        if let Err(error) = self.store.commit(changes).await {
+            // It is given back; an answer that came meanwhile is dropped, and the abandon can be repeated.
+            live.ending.store(false, std::sync::atomic::Ordering::SeqCst);
+            return Err(Error::NotJournaled { what: format!("`abandon {id}`"), words: error.to_string() });
+        }
         live.stop.store(true, std::sync::atomic::Ordering::SeqCst);
         self.publish(|core, at| {
             core.world.counters.abandoned += 1;
@@ -578,9 +592,14 @@ impl Engine {
     }
 
     /// Who has the device, from a walk of /proc that callers share. Empty: nobody, or no device.
+    /// `CannotTell` where there may be a device that is not verified (rule R9).
     pub fn holders(&self, volume: DiskRow) -> Ticket<Arc<Vec<Holder>>> {
         let dev = match self.world().volumes.get(&volume) {
             None => return Ticket::done(Err(Error::Departed)),
+            Some(volume) if matches!(volume.base, Status::Unknown | Status::Conflict) => {
+                let why = format!("volume {} is {}, and so is its device", volume.uuid, volume.base);
+                return Ticket::done(Err(Error::CannotTell { why }));
+            }
             Some(volume) => volume.mapping.as_ref().filter(|m| m.pin.alive()).map(|m| m.dev),
         };
         let Some(dev) = dev else { return Ticket::done(Ok(Arc::new(Vec::new()))) };

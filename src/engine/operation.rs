@@ -22,13 +22,13 @@ use super::core::{Core, Live};
 use super::world::{Component, Running, Volume};
 use crate::cloud::{CloudError, CloudVolume, Refusal};
 use crate::command::{self, Action};
-use crate::devices::{Devices, DevicesError};
+use crate::devices::{DeviceChange, Devices, DevicesError};
 use crate::error::Error;
 use crate::failpoint;
 use crate::model::{Disk, DiskRow, Mark, Outcome, Status, Timestamp, Verb, VolumeId};
 use crate::store::{Change, OpRow, StoreError};
 
-/// A change of the world that goes with a commit; what is in the commit with a time has that time.
+/// A change of the world that goes with a commit.
 pub(super) type Apply = Box<dyn FnOnce(&mut Core, Timestamp) + Send>;
 
 /// What the record and the world learn from an operation that succeeded.
@@ -66,6 +66,16 @@ pub(super) type Acted = Result<Done, Fail>;
 
 /// How often a wait for the kernel looks again without being told.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Waits for a change of the kernel's devices; for ever if the events ended, so that only the tick is left.
+pub(super) async fn changed(changes: &mut tokio::sync::broadcast::Receiver<DeviceChange>) {
+    use tokio::sync::broadcast::error::RecvError;
+    // Lagging is a change too: everything is looked at again.
+    if let Err(RecvError::Closed) = changes.recv().await {
+        std::future::pending().await
+    }
+}
+
 /// First and longest pause before a passing refusal is tried again.
 const PASSING_FIRST: Duration = Duration::from_millis(250);
 const PASSING_LONGEST: Duration = Duration::from_secs(10);
@@ -97,6 +107,25 @@ pub(super) fn cloud_fail(
             },
             _ => Error::CloudRefused { what, words },
         }),
+    }
+}
+
+/// Calls the cloud, and again while it refuses with what passes by itself.
+pub(super) async fn retrying<T, F>(what: &str, call: impl Fn() -> F) -> Result<T, CloudError>
+where
+    F: Future<Output = Result<T, CloudError>>,
+{
+    let began = tokio::time::Instant::now();
+    let mut pause = PASSING_FIRST;
+    loop {
+        match call().await {
+            Err(CloudError::Refused { why: Refusal::Passing, words }) if began.elapsed() < PASSING_IN_ALL => {
+                tracing::info!(what, "the cloud refuses for now: {words}");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(PASSING_LONGEST);
+            }
+            answer => return answer,
+        }
     }
 }
 
@@ -138,7 +167,7 @@ impl Engine {
     pub(super) async fn conclude(self: &Arc<Self>, live: Live, acted: Acted) {
         let verb = live.action.verb();
         failpoint::reach(&format!("{verb}.acted")).await;
-        if !self.core.lock().owns(&live) {
+        if !live.take_end() {
             tracing::warn!(operation = %live.id, %verb, "a late answer: the operation had been abandoned; ignored");
             return;
         }
@@ -152,13 +181,16 @@ impl Engine {
         let Done { mut changes, apply, note, look } = done;
         let verb = live.action.verb();
         let at = (self.clock)();
+        let mut late = None;
         changes.push(Change::OpEnd { id: live.id, outcome: Outcome::Done, sentence: note.clone(), at });
+        changes.iter_mut().for_each(|change| change.date(at));
         if let Err(error) = self.store.commit(changes.clone()).await {
             let error =
                 Error::NotRecorded { what: format!("`{}`", command::spell(&live.action)), words: error.to_string() };
             self.store_health(Some(&error));
             self.publish(|core, at| {
                 if let super::Target::Volume(row) = live.target {
+                    late = core.world.volumes.get(&row).map(|v| v.uuid);
                     core.with_volume(row, at, |v| {
                         v.base = Status::Unknown;
                         v.why = Some("the record could not take what was done; it is tried again".into());
@@ -173,8 +205,7 @@ impl Engine {
                 return;
             }
         }
-        // With the record's time, so that a restart shows the same one.
-        self.publish(|core, _| {
+        self.publish_at(at, |core, at| {
             if let Some(apply) = apply {
                 apply(core, at);
             }
@@ -182,7 +213,9 @@ impl Engine {
             core.clear_error(live.target, verb, at);
         });
         failpoint::reach(&format!("{verb}.recorded")).await;
-        if let Some(row) = look {
+        // What was unknown while the record could not take it is settled now, under the row it has now.
+        let late = late.and_then(|volume| self.world().by_uuid.get(&volume).copied());
+        if let Some(row) = look.or(late) {
             self.look_at(row).await;
         }
         live.ticket.complete(Ok(()));
@@ -211,7 +244,22 @@ impl Engine {
         }
     }
 
-    async fn failed(self: &Arc<Self>, live: Live, fail: Fail) {
+    /// Writes an end that the record did not take: else the next start would settle what is long past.
+    pub(super) async fn end_later(self: Arc<Self>, end: Change) {
+        loop {
+            tokio::time::sleep(LOOK_AGAIN).await;
+            match self.store.commit(vec![end.clone()]).await {
+                Ok(()) => return self.store_health(None),
+                Err(StoreError::Constraint { words }) => {
+                    tracing::error!("the record refuses the end of an operation for good: {words}");
+                    return;
+                }
+                Err(error) => tracing::warn!("the record still fails: {error}"),
+            }
+        }
+    }
+
+    pub(super) async fn failed(self: &Arc<Self>, live: Live, fail: Fail) {
         let Fail { error, ambiguous } = fail;
         let verb = live.action.verb();
         let outcome = match (&error, ambiguous) {
@@ -229,19 +277,24 @@ impl Engine {
         if let (true, Some(v)) = (ambiguous, volume.and_then(|row| self.world().volumes.get(&row).cloned())) {
             changes.push(Change::VolumeStatus { volume: v.uuid, status: Status::Unknown, at });
         }
-        changes.push(Change::OpEnd { id: live.id, outcome, sentence: sentence.clone(), at });
+        let end = Change::OpEnd { id: live.id, outcome, sentence: sentence.clone(), at };
+        changes.push(end.clone());
+        let mut recorded = true;
         if let Err(store) = self.store.commit(changes).await {
-            // The journal then still says that it runs: the next start settles it, by looking.
+            recorded = false;
+            self.runtime.spawn(self.clone().end_later(end));
             self.store_health(Some(&Error::NotRecorded {
                 what: format!("the end of `{verb}`"),
                 words: store.to_string(),
             }));
         }
-        self.publish(|core, _| {
+        self.publish_at(at, |core, at| {
             if let (true, Some(row)) = (ambiguous, volume) {
                 core.with_volume(row, at, |v| {
                     v.base = Status::Unknown;
-                    v.recorded = Status::Unknown;
+                    if recorded {
+                        v.recorded = Status::Unknown;
+                    }
                     v.why = Some(sentence.as_str().into());
                 });
             }
@@ -339,7 +392,7 @@ impl Engine {
         Ok(seen)
     }
 
-    /// Calls the cloud, and again while it refuses with what passes by itself.
+    /// As [`retrying`], with the error in words of the contract.
     pub(super) async fn patiently<T, F>(
         &self,
         what: &str,
@@ -349,19 +402,7 @@ impl Engine {
     where
         F: Future<Output = Result<T, CloudError>>,
     {
-        let began = tokio::time::Instant::now();
-        let mut pause = PASSING_FIRST;
-        loop {
-            match call().await {
-                Err(CloudError::Refused { why: Refusal::Passing, words }) if began.elapsed() < PASSING_IN_ALL => {
-                    tracing::info!(what, "the cloud refuses for now: {words}");
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(PASSING_LONGEST);
-                }
-                Err(error) => return Err(cloud_fail(what, volume, None, self.about.name, error)),
-                Ok(value) => return Ok(value),
-            }
-        }
+        retrying(what, call).await.map_err(|error| cloud_fail(what, volume, None, self.about.name, error))
     }
 
     /// Asks the kernel from a worker thread.

@@ -5,10 +5,12 @@
 //! recovery reads which.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Engine;
 use super::core::Live;
-use super::operation::{Acted, Done, Fail, cloud_fail};
+use super::jobs::in_flight;
+use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail, retrying};
 use super::volume::{facts, show_facts};
 use super::world::{Times, Volume};
 use crate::cloud::{CloudError, CloudVolume, Label, NewVolume, Refusal};
@@ -17,6 +19,9 @@ use crate::error::Error;
 use crate::failpoint;
 use crate::model::{DiskName, DiskRow, JobId, JobRow, Mark, RecordId, Status, VolumeId};
 use crate::store::Change;
+
+/// How far apart two looks must be before a create that got no answer is believed not to have happened.
+const NOT_MADE: Duration = Duration::from_secs(60);
 
 impl Engine {
     fn job_of(&self, row: JobRow) -> Result<JobId, Fail> {
@@ -44,15 +49,31 @@ impl Engine {
         failpoint::reach("create.before-call").await;
         let made = match self.patiently(&what, None, || self.cloud.create(&new)).await {
             Ok(made) => made,
-            Err(fail) if fail.ambiguous => match self.cloud.find_created(live.fence).await {
-                Ok(Some(made)) => made,
-                Ok(None) => return Err(Fail::clean(fail.error)),
-                Err(_) => return Err(fail),
-            },
+            Err(fail) if fail.ambiguous => self.made_after_all(live, fail).await?,
             Err(fail) => return Err(fail),
         };
         failpoint::reach("create.after-call").await;
         self.created(live, row, disk, *size, made)
+    }
+
+    /// After an unclear answer to a create: it ends only when the cloud shows the volume, or two looks
+    /// a minute apart show none. Ended sooner, the same command again would make a second one.
+    async fn made_after_all(self: &Arc<Self>, live: &Live, fail: Fail) -> Result<CloudVolume, Fail> {
+        let mut none_since = None;
+        loop {
+            self.step(live, "no clear answer: look for what it made").map_err(|f| Fail::ambiguous(f.error))?;
+            match self.cloud.find_created(live.fence).await {
+                Ok(Some(made)) => return Ok(made),
+                Ok(None) => {
+                    let first = *none_since.get_or_insert_with(tokio::time::Instant::now);
+                    if first.elapsed() >= NOT_MADE {
+                        return Err(Fail::clean(fail.error));
+                    }
+                }
+                Err(error) => tracing::warn!(operation = %live.id, "not known yet what it made: {error}"),
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     /// What the record learns of a volume that was made by this operation, now or before a crash.
@@ -85,7 +106,7 @@ impl Engine {
             changes,
             note: format!("volume {}", seen.id),
             look: (status == Status::Unknown).then_some(row),
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 core.op_volume(id, seen.id);
                 let mut volume = blank(row, seen.id, job, disk, epoch, status);
                 volume.times = Times { owned: at, status: at, device: at, facts: at, error: at, history: at };
@@ -126,6 +147,13 @@ impl Engine {
             Some(found) if found.record != self.record && from != Some(found.record) => {
                 return Err(Fail::clean(Error::OwnedByRecord { volume, owner: found.to_string() }));
             }
+            Some(found) if found.record == self.record => {
+                let core = self.core.lock();
+                if let Some(other) = core.live.values().find(|l| l.epoch == found.epoch && l.id != live.id) {
+                    let object = format!("volume {volume}");
+                    return Err(Fail::clean(in_flight(&core, other.id, object)));
+                }
+            }
             None | Some(_) => {}
         }
         let telling = |e: crate::devices::DevicesError| Fail::clean(Error::CannotTell { why: e.to_string() });
@@ -151,7 +179,7 @@ impl Engine {
         expect: Option<Mark>,
         new: Option<&Label>,
     ) -> Result<(), Fail> {
-        let answer = self.cloud.exchange_mark(volume, expect, new).await;
+        let answer = retrying(what, || self.cloud.exchange_mark(volume, expect, new)).await;
         match answer {
             Ok(()) => Ok(()),
             Err(CloudError::Refused { why: Refusal::Mark(found), .. }) if found == new.map(|l| l.mark) => Ok(()),
@@ -250,7 +278,7 @@ impl Engine {
             changes,
             note: String::new(),
             look: None,
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 let Some(volume) = core.drop_volume(old, at, false) else { return };
                 let mut volume = (*volume).clone();
                 volume.row = row;
@@ -273,6 +301,9 @@ impl Engine {
         let what = format!("rename of disk {} to {to}", volume.disk);
         let job = self.job_of(volume.job)?;
         if volume.base != Status::Missing {
+            // Its mark alone would not tell that it is protected.
+            self.step(live, "look at the volume in the cloud")?;
+            self.look_ours(&volume, &what).await?;
             self.step(live, "tell the cloud the disk's name")?;
             let mark = self.mark(&volume);
             let label = Label { mark, job, disk: to.clone() };
@@ -284,7 +315,7 @@ impl Engine {
             changes: vec![Change::DiskRename { row, disk: to.clone(), at }],
             note: format!("from {}", volume.disk),
             look: None,
-            apply: Some(Box::new(move |core, _| core.rename_disk(row, to, at))),
+            apply: Some(Box::new(move |core, at| core.rename_disk(row, to, at))),
         })
     }
 }

@@ -107,7 +107,7 @@ fn without_cloud(recorded: &Recorded, candidates: &[Disk], rules: Rules) -> Find
         (Status::Conflict, _, _) => {
             conflict(recorded.vm, "it was in conflict, and the cloud was not seen since".into())
         }
-        (Status::Attached, Some(disk), _) => size_checked(recorded.size, disk, rules),
+        (Status::Attached, Some(disk), _) => size_checked(recorded, recorded.size, disk, rules),
         (Status::Attached | Status::Lost, None, None) => {
             found(Status::Lost, Some(rules.host), Some("the device is gone from the kernel".into()))
         }
@@ -124,8 +124,10 @@ fn without_cloud(recorded: &Recorded, candidates: &[Disk], rules: Rules) -> Find
     }
 }
 
-fn size_checked(size: u64, disk: &Disk, rules: Rules) -> Finding {
-    let fits = if rules.exact_size { disk.size == size } else { disk.size >= size };
+/// Rule D3: exact when a disk is verified for the first time; a disk that was, may have grown since.
+fn size_checked(recorded: &Recorded, size: u64, disk: &Disk, rules: Rules) -> Finding {
+    let verified = recorded.status == Status::Attached && recorded.mapped == Some(disk.incarnation);
+    let fits = if rules.exact_size && !verified { disk.size == size } else { disk.size >= size };
     if !fits {
         let why = format!("/dev/{} has {} bytes, the cloud says {}", disk.name, disk.size, size);
         return conflict(Some(rules.host), why);
@@ -141,7 +143,7 @@ fn with_cloud(recorded: &Recorded, seen: &CloudVolume, candidates: &[Disk], rule
     }
     match (at, candidates) {
         (_, [_, _, ..]) => conflict(at, format!("{} carry the same identity", names(candidates))),
-        (Some(vm), [disk]) if vm == rules.host => size_checked(seen.size, disk, rules),
+        (Some(vm), [disk]) if vm == rules.host => size_checked(recorded, seen.size, disk, rules),
         (Some(vm), []) if vm == rules.host => {
             let why = "the cloud says it is attached here, the kernel has no such device";
             found(Status::Lost, Some(vm), Some(why.into()))

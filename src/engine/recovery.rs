@@ -21,8 +21,25 @@ enum Found {
     Finish(Box<Done>),
     /// It had not begun: nothing changed.
     NotBegun,
+    /// It happened, and ended in a contradiction that no waiting settles.
+    Failed(Fail),
     /// Nobody can tell yet.
     Unclear(Fail),
+}
+
+/// The epoch that an operation was given for its mark; 0 where it has none.
+pub(super) fn epoch_of(row: &OpRow) -> u64 {
+    let detail: serde_json::Value = serde_json::from_str(&row.detail).unwrap_or_default();
+    detail["epoch"].as_u64().unwrap_or(0)
+}
+
+/// What a failure of a step that recovery repeated means: only a silent cloud is waited for.
+fn left(fail: Fail) -> Found {
+    match fail.error {
+        Error::CloudUnreachable { .. } | Error::CloudAmbiguous { .. } => Found::Unclear(fail),
+        _ if fail.ambiguous => Found::Failed(fail),
+        _ => Found::NotBegun,
+    }
 }
 
 impl Engine {
@@ -50,10 +67,11 @@ impl Engine {
             ticket: Ticket::default(),
             journaled: Ticket::done(Ok(())),
             stop: Arc::new(AtomicBool::new(false)),
+            ending: Arc::new(AtomicBool::new(false)),
             caller: Arc::new(row.caller.clone()),
             began: row.began,
             clock: std::time::Instant::now(),
-            epoch: super::start::epoch_of(row),
+            epoch: epoch_of(row),
             parent: row.parent,
             recovering: true,
         };
@@ -81,6 +99,12 @@ impl Engine {
                 Found::Finish(done) => {
                     self.conclude(live, Ok(*done)).await;
                     break;
+                }
+                Found::Failed(fail) => {
+                    if live.take_end() {
+                        self.failed(live, fail).await;
+                    }
+                    return;
                 }
                 Found::NotBegun => {
                     let interrupted = Error::LeftBehind { what };
@@ -121,11 +145,15 @@ impl Engine {
     }
 
     async fn interrupted(self: &Arc<Self>, live: Live, error: Error) {
+        if !live.take_end() {
+            return;
+        }
         let at = (self.clock)();
         let sentence = error.to_string();
         let end = Change::OpEnd { id: live.id, outcome: Outcome::Interrupted, sentence: sentence.clone(), at };
-        if let Err(error) = self.store.commit(vec![end]).await {
+        if let Err(error) = self.store.commit(vec![end.clone()]).await {
             let words = error.to_string();
+            self.runtime.spawn(self.clone().end_later(end));
             self.store_health(Some(&Error::NotRecorded { what: "the end of an interrupted operation".into(), words }));
         }
         self.publish(|core, at| core.end(&live, Outcome::Interrupted, &sentence, at));
@@ -149,7 +177,7 @@ impl Engine {
                         // The mark is ours already, and setting it again is success.
                         match self.claim(live, job, *volume, disk.clone(), None).await {
                             Ok(done) => Found::Finish(Box::new(done)),
-                            Err(fail) => Found::Unclear(fail),
+                            Err(fail) => left(fail),
                         }
                     }
                     Ok(_) => Found::NotBegun,
@@ -170,8 +198,7 @@ impl Engine {
         };
         let finish = |acted: Result<Done, Fail>| match acted {
             Ok(done) => Found::Finish(Box::new(done)),
-            Err(fail) if fail.ambiguous => Found::Unclear(fail),
-            Err(_) => Found::NotBegun,
+            Err(fail) => left(fail),
         };
         let ours = self.mark(&volume);
         match action {
@@ -208,7 +235,13 @@ impl Engine {
                 _ => Found::NotBegun,
             },
             Action::Delete { .. } => match &seen {
-                None => Found::Finish(Box::new(self.gone(&volume, "done before a crash".into()))),
+                None if self.sees_us().await => {
+                    Found::Finish(Box::new(self.gone(&volume, "done before a crash".into())))
+                }
+                None => {
+                    let why = "the cloud shows neither the volume nor this host's own VM".into();
+                    Found::Unclear(Fail::clean(Error::CannotTell { why }))
+                }
                 Some(_) => Found::NotBegun,
             },
             Action::Release { .. } => match &seen {

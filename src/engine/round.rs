@@ -4,7 +4,9 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::Engine;
 use super::core::Core;
@@ -25,8 +27,11 @@ struct Settled {
     seen: Option<CloudVolume>,
     mapping: Option<Arc<Mapping>>,
     changes: Vec<Change>,
-    /// When, as in the changes.
-    at: Timestamp,
+}
+
+fn not_settled(volume: &Volume) -> Error {
+    let why = volume.why.as_deref().unwrap_or("nobody can tell").into();
+    Error::NotSettled { volume: volume.uuid, status: volume.base, why }
 }
 
 impl Engine {
@@ -39,8 +44,16 @@ impl Engine {
         if failpoint::hit("reconcile.no-gap") { Duration::ZERO } else { self.absence_gap }
     }
 
-    /// Whether an absence seen now is confirmed by an earlier one.
-    fn absent(&self, volume: VolumeId, looked: Instant) -> CloudView<'static> {
+    /// Whether the credentials see our own VM: those that do not, see no volume either (row V6).
+    pub(super) async fn sees_us(&self) -> bool {
+        matches!(self.cloud.vm(self.host).await, Ok(Some(_)))
+    }
+
+    /// Whether an absence seen now is confirmed by an earlier one. An absence that means nothing is no look.
+    fn absent(&self, volume: VolumeId, looked: Instant, sees_us: bool) -> CloudView<'static> {
+        if !sees_us {
+            return CloudView::Absent { confirmed: false };
+        }
         let first = *self.core.lock().absent.entry(volume).or_insert(looked);
         let confirmed = looked.saturating_duration_since(first) >= self.absence_gap() && first != looked;
         CloudView::Absent { confirmed }
@@ -57,6 +70,10 @@ impl Engine {
             mark: self.mark(&before),
         };
         let mut finding = settle(&recorded, cloud, &candidates, self.rules());
+        if finding.status == Status::Conflict {
+            // Without a mapping nothing else ties these names to the volume.
+            self.core.lock().contenders.extend(candidates.iter().map(|d| (d.name.clone(), before.row)));
+        }
         let mut mapping = None;
         if let Some(disk) = &finding.device {
             match self.map(&before, disk).await {
@@ -96,7 +113,6 @@ impl Engine {
             return None;
         }
         let at = (self.clock)();
-        let mapping = mapping.map(|m| if same_mapping { m } else { Arc::new(Mapping { at, ..(*m).clone() }) });
         let mut changes = Vec::new();
         if let Some(seen) = &seen
             && !same_facts
@@ -104,7 +120,8 @@ impl Engine {
             changes.push(facts(seen, &before.serial));
         }
         match (&mapping, finding.status) {
-            (Some(mapping), _) if !same_mapping => {
+            // A commit that failed left the record without what the world shows.
+            (Some(mapping), _) if !same_mapping || before.recorded != Status::Attached => {
                 changes.push(Change::MappingSet(mapping_row(&before, mapping, self.host)))
             }
             (None, Status::Remote) if finding.vm != before.vm || before.recorded != Status::Remote => {
@@ -122,7 +139,7 @@ impl Engine {
         if finding.status != before.recorded && !(finding.status == Status::Unknown && seen.is_none()) {
             changes.push(Change::VolumeStatus { volume: before.uuid, status: finding.status, at });
         }
-        Some(Settled { before, finding, seen, mapping, changes, at })
+        Some(Settled { before, finding, seen, mapping, changes })
     }
 
     /// Records and publishes what was found, but for volumes that something has happened to since.
@@ -137,7 +154,9 @@ impl Engine {
             let core = self.core.lock();
             settled.into_iter().filter(|s| still(&core, s)).collect()
         };
-        let changes: Vec<Change> = settled.iter().flat_map(|s| s.changes.iter().cloned()).collect();
+        let at = (self.clock)();
+        let mut changes: Vec<Change> = settled.iter().flat_map(|s| s.changes.iter().cloned()).collect();
+        changes.iter_mut().for_each(|change| change.date(at));
         let mut recorded = true;
         if !changes.is_empty() && self.read_only.is_none() {
             let outcome = self.store.commit(changes).await;
@@ -147,10 +166,10 @@ impl Engine {
                 .map(|e| Error::NotRecorded { what: "what reconciling found".into(), words: e.to_string() });
             self.store_health(failed.as_ref());
         }
-        self.publish(|core, _| {
+        self.publish_at(at, |core, at| {
             for s in settled {
                 if still(core, &s) {
-                    core.show(s, recorded);
+                    core.show(s, recorded, at);
                 }
             }
         });
@@ -175,7 +194,7 @@ impl Engine {
                     self.core.lock().absent.remove(&before.uuid);
                     CloudView::Seen(seen)
                 }
-                Ok(None) => self.absent(before.uuid, looked),
+                Ok(None) => self.absent(before.uuid, looked, self.sees_us().await),
                 Err(_) => CloudView::Unseen,
             };
             self.cloud_health(answer.as_ref().err());
@@ -206,12 +225,30 @@ impl Engine {
         }
         let volume = self.world().volumes.get(&row).cloned().ok_or(Error::Departed)?;
         match volume.base {
-            Status::Unknown | Status::Conflict if volume.running.is_none() => Err(Error::NotSettled {
-                volume: volume.uuid,
-                status: volume.base,
-                why: volume.why.as_deref().unwrap_or("nobody can tell").into(),
-            }),
+            Status::Unknown | Status::Conflict if volume.running.is_none() => Err(not_settled(&volume)),
             _ => Ok(()),
+        }
+    }
+
+    /// `reconcile` at the root: success only if all is settled afterwards, or with a VM: if what is
+    /// attached to it was told, and no volume of ours that may be there is in doubt.
+    pub(super) async fn settle_all(&self, vm: Option<VmId>) -> Result<(), Error> {
+        self.round().await?;
+        let concerned = |v: &Volume| vm.is_none() || v.vm == vm;
+        let waits_for_second_look = {
+            let core = self.core.lock();
+            let absent = |v: &Arc<Volume>| v.base == Status::Unknown && core.absent.contains_key(&v.uuid);
+            core.world.volumes.values().any(|v| concerned(v) && absent(v))
+        };
+        if waits_for_second_look {
+            tokio::time::sleep(self.absence_gap()).await;
+            self.round().await?;
+        }
+        let world = self.world();
+        let doubt = |v: &&Arc<Volume>| v.running.is_none() && matches!(v.base, Status::Unknown | Status::Conflict);
+        match world.volumes.values().filter(|v| concerned(v)).find(doubt) {
+            Some(volume) => Err(not_settled(volume)),
+            None => Ok(()),
         }
     }
 
@@ -264,6 +301,8 @@ impl Engine {
                 by_volume.entry(volume.uuid).or_default().push(disk.clone());
             }
         }
+        let any_absent = by_id.as_ref().is_some_and(|map| world.by_uuid.keys().any(|volume| !map.contains_key(volume)));
+        let sees_us = any_absent && self.sees_us().await;
         let mut settled = Vec::new();
         for before in world.volumes.values().filter(|v| v.running.is_none()) {
             let view = match &by_id {
@@ -271,7 +310,7 @@ impl Engine {
                 Some(map) => match map.get(&before.uuid) {
                     Some(seen) => CloudView::Seen(seen),
                     None if unseen.contains(&before.uuid) => CloudView::Unseen,
-                    None => self.absent(before.uuid, looked),
+                    None => self.absent(before.uuid, looked, sees_us),
                 },
             };
             let own = by_volume.get(&before.uuid).map_or(&[][..], Vec::as_slice);
@@ -280,7 +319,9 @@ impl Engine {
             }
         }
         if let Some(map) = &by_id {
-            self.core.lock().absent.retain(|volume, _| !map.contains_key(volume));
+            let mut core = self.core.lock();
+            let Core { absent, world, .. } = &mut *core;
+            absent.retain(|volume, _| !map.contains_key(volume) && world.by_uuid.contains_key(volume));
         }
         self.apply(settled).await;
         let answer = match answer {
@@ -298,6 +339,10 @@ impl Engine {
             true => Ok(Vec::new()),
             false => self.cloud.survey(&Survey { vms: named, ..Survey::default() }).await,
         };
+        let listed = on_vms.as_ref().map(|_| ()).map_err(|e| Error::CloudUnreachable {
+            what: "listing the volumes of other VMs".into(),
+            words: e.to_string(),
+        });
         self.publish(|core, at| {
             core.world.counters.reconciles += 1;
             core.world.health.reconciler = Component::Ok;
@@ -313,7 +358,7 @@ impl Engine {
             core.show_unclaimed(volumes, &disks, host, record, at);
             core.age_views(at, self.interval);
         });
-        Ok(())
+        listed
     }
 
     /// Volumes that carry no mark of ours any more, or are in no job, are asked for one by one, so
@@ -338,7 +383,7 @@ impl Engine {
             if let Err(error) = self.round().await {
                 tracing::warn!("reconcile round: {error}");
             }
-            self.looked.send_replace(true);
+            self.rounds_ended.send_modify(|ended| *ended += 1);
             let second_look = self.core.lock().absent.values().min().copied();
             let gap = self.absence_gap() + Duration::from_millis(100);
             let pause = match second_look {
@@ -386,12 +431,16 @@ impl Engine {
         };
         let mut rows = BTreeSet::new();
         rows.extend(world.by_device.get(name).copied());
+        rows.extend(self.core.lock().contenders.remove(name));
         if let Some(disk) = &disk {
             let mapped = |v: &Volume| {
                 v.mapping.as_ref().is_some_and(|m| m.incarnation == disk.incarnation && m.size == disk.size)
             };
             rows.extend(world.named_by(&disk.identity).filter(|v| !mapped(v)).map(|v| v.row));
         }
+        // What stood in contradiction may be resolved by what has just come or gone.
+        let unsettled = |v: &Volume| matches!(v.base, Status::Conflict | Status::Lost);
+        rows.extend(world.volumes.values().filter(|v| unsettled(v)).map(|v| v.row));
         for row in rows {
             if self.idle(row).is_some() {
                 let engine = self.clone();
@@ -402,8 +451,8 @@ impl Engine {
 }
 
 impl Core {
-    fn show(&mut self, s: Settled, recorded: bool) {
-        let Settled { before, finding, seen, mapping, changes, at } = s;
+    fn show(&mut self, s: Settled, recorded: bool, at: Timestamp) {
+        let Settled { before, finding, seen, mapping, changes } = s;
         if finding.drift {
             self.world.counters.drift += 1;
             tracing::warn!(volume = %before.uuid, from = %before.base, to = %finding.status,

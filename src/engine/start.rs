@@ -34,16 +34,17 @@ impl Engine {
         let at = (options.clock)();
         let read_only: Option<Arc<str>> = options.read_only.as_deref().map(Into::into);
         let world = empty_world(&loaded, &about, &*devices, read_only.clone(), at);
-        let mut core = Core::new(world, loaded.next, options.history);
+        let mut next = loaded.next;
+        // An epoch that is only in an operation may be on a volume already.
+        let journaled = loaded.unfinished.iter().chain(loaded.history.iter().map(|(op, _)| op));
+        next.epoch = next.epoch.max(journaled.map(|op| super::recovery::epoch_of(op) + 1).max().unwrap_or(0));
+        let mut core = Core::new(world, next, options.history);
         let disks = devices.disks();
         if let Err(error) = &disks {
             core.world.health.devices = Component::Down(error.to_string().into());
         }
-        core.fill(&loaded, &disks.unwrap_or_default(), &*devices, about.host, options.exact_size, at);
+        core.fill(&loaded, &disks.unwrap_or_default(), &*devices, about.host, at);
         let unfinished: Vec<OpRow> = loaded.unfinished.clone();
-        // An epoch may be on a mark already, though no ownership in the record has it yet.
-        let begun = unfinished.iter().map(epoch_of).max().unwrap_or(0);
-        core.next.epoch = core.next.epoch.max(begun + 1);
         let world = Arc::new(core.world.clone());
         let engine = Arc::new_cyclic(|me| Engine {
             me: me.clone(),
@@ -66,7 +67,7 @@ impl Engine {
             round_wanted: Arc::new(Notify::new()),
             closing: Arc::new(Notify::new()),
             rounds: tokio::sync::Mutex::new(()),
-            looked: tokio::sync::watch::Sender::new(false),
+            rounds_ended: tokio::sync::watch::Sender::new(0),
         });
         if engine.read_only.is_none() {
             for row in unfinished {
@@ -86,15 +87,9 @@ impl Engine {
 
     /// Resolves when the first round of reconciling has ended, well or not.
     pub async fn first_round(&self) {
-        // The sender lives as long as the engine does, so waiting cannot fail.
-        let _ = self.looked.subscribe().wait_for(|looked| *looked).await;
+        // The sender lives as long as the engine.
+        let _ = self.rounds_ended.subscribe().wait_for(|ended| *ended > 0).await;
     }
-}
-
-/// The epoch that an operation reserved for its mark; 0 for those that put none.
-pub(super) fn epoch_of(row: &OpRow) -> u64 {
-    let detail: serde_json::Value = serde_json::from_str(&row.detail).unwrap_or_default();
-    detail["epoch"].as_u64().unwrap_or(0)
 }
 
 fn empty_world(
@@ -144,7 +139,6 @@ impl Core {
         disks: &[Disk],
         devices: &dyn Devices,
         host: crate::model::VmId,
-        exact_size: bool,
         at: Timestamp,
     ) {
         for job in &loaded.jobs {
@@ -154,7 +148,7 @@ impl Core {
             self.put_job(made, job.created);
         }
         for disk in &loaded.disks {
-            let volume = from_record(disk, disks, devices, host, exact_size, self.world.record);
+            let volume = from_record(disk, disks, devices, host, self.world.record);
             if let Some(vm) = disk.mapping.as_ref().map(|m| m.vm).filter(|vm| *vm != host) {
                 self.watch(vm);
             }
@@ -164,14 +158,18 @@ impl Core {
             if let Some(volume) = self.world.volumes.get(&row) {
                 let mut volume = (**volume).clone();
                 volume.times = times;
-                let job = volume.job;
                 self.world.volumes.insert(row, Arc::new(volume));
-                self.with_job(job, at, |j| {
-                    // The first volume replaces what putting it has set to now.
-                    j.listed_at = if j.listed_at == at { times.owned } else { j.listed_at.max(times.owned) };
-                    j.status_at = if j.status_at == at { times.status } else { j.status_at.max(times.status) };
-                });
             }
+        }
+        // Likewise a job's, which putting its volumes has set to now.
+        for job in &loaded.jobs {
+            let Some(mut made) = self.world.jobs.get(&job.row).map(|j| (**j).clone()) else { continue };
+            (made.listed_at, made.status_at) = (job.created, job.created);
+            for volume in made.disks.values().filter_map(|row| self.world.volumes.get(row)) {
+                made.listed_at = made.listed_at.max(volume.times.owned);
+                made.status_at = made.status_at.max(volume.times.status);
+            }
+            self.world.jobs.insert(job.row, Arc::new(made));
         }
         self.volume_rows = loaded.volume_rows.iter().copied().collect::<HashMap<_, _>>();
         self.loose = loaded.loose.iter().copied().collect();
@@ -220,7 +218,6 @@ fn from_record(
     disks: &[Disk],
     devices: &dyn Devices,
     host: crate::model::VmId,
-    exact_size: bool,
     record: crate::model::RecordId,
 ) -> Volume {
     let mut volume = blank(loaded.row, loaded.volume, loaded.job, loaded.disk.clone(), loaded.epoch, Status::Unknown);
@@ -247,7 +244,7 @@ fn from_record(
         let own: Vec<&Disk> = disks.iter().filter(|d| d.identity.names(loaded.volume)).collect();
         if let [disk] = own.as_slice()
             && disk.incarnation == device.incarnation
-            && (disk.size == loaded.size || (!exact_size && disk.size >= loaded.size))
+            && disk.size >= loaded.size
         {
             match devices.pin(disk) {
                 Ok(pin) => {

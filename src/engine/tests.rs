@@ -1,1 +1,12 @@
-//! The engine against scripted fakes of its traits.
+//! The engine against scripted fakes of its traits. Names are promises; a name that begins with a
+//! rule's number of the contract (`x1_`, `v6_`, `c4_`, `d3_`, `r10_`) tests that rule.
+
+mod admission;
+mod fakes;
+mod jobs;
+mod model;
+mod operations;
+mod ownership;
+
+mod recovery;
+mod settle;

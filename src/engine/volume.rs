@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::Engine;
 use super::core::Live;
-use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail};
+use super::operation::{Acted, Done, Fail, LOOK_AGAIN, changed, cloud_fail};
 use super::world::{Mapping, Volume};
 use crate::cloud::{CloudError, CloudVolume};
 use crate::devices::DevicesError;
@@ -137,11 +137,15 @@ impl Engine {
             Some(at) if at.vm != vm => {
                 return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
             }
+            // Somebody else's attachment in another place is not ours to take away.
+            Some(at) if !live.recovering && slot.is_some_and(|s| at.device_id != Some(s.number())) => {
+                return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm }));
+            }
             Some(_) => {}
             None => self.call_attach(live, &volume, vm, slot, &what).await?,
         }
         if vm == self.host {
-            self.prove_here(live, row, &what).await
+            self.prove_here(live, row, slot, &what).await
         } else {
             self.prove_there(live, row, vm, slot, &what).await
         }
@@ -190,7 +194,7 @@ impl Engine {
     }
 
     /// On this host it is done when the device is present and verified.
-    async fn prove_here(self: &Arc<Self>, live: &Live, row: DiskRow, what: &str) -> Acted {
+    async fn prove_here(self: &Arc<Self>, live: &Live, row: DiskRow, slot: Option<Slot>, what: &str) -> Acted {
         let mut changes = self.devices.changes();
         self.step(live, "wait for the device")?;
         let mapping = loop {
@@ -211,9 +215,9 @@ impl Engine {
             if live.stopping() {
                 return Err(Fail::ambiguous(Error::Cancelled));
             }
-            // A change may be about any disk; a closed or lagging channel still leaves the tick.
+            // A change may be about any disk.
             tokio::select! {
-                _ = changes.recv() => {}
+                () = changed(&mut changes) => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         };
@@ -223,6 +227,11 @@ impl Engine {
             let why = "the device is here, but the cloud does not say attached here".into();
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
         }
+        if slot.is_some_and(|s| seen.attached.and_then(|a| a.device_id) != Some(s.number())) {
+            // The provider's own test for users would find us.
+            mapping.pin.release();
+        }
+        self.in_place(live, &volume, &seen, slot, what).await?;
         let fits = if self.exact_size { mapping.size == seen.size } else { mapping.size >= seen.size };
         if !fits {
             mapping.pin.release();
@@ -243,7 +252,6 @@ impl Engine {
             Err(error) => return Err(cannot_tell(error)),
         };
         let at = (self.clock)();
-        let mapping = Arc::new(Mapping { at, ..(*mapping).clone() });
         let host = self.host;
         let changes = vec![
             facts(&seen, &serial),
@@ -253,7 +261,7 @@ impl Engine {
         Ok(Done {
             note: format!("/dev/{}", mapping.name),
             changes,
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 core.with_volume(row, at, |v| {
                     show_facts(v, &seen);
                     v.serial = serial.into();
@@ -266,6 +274,32 @@ impl Engine {
             })),
             look: None,
         })
+    }
+
+    /// An id that was asked for is verified, or the volume is detached again (C3). Recovery takes nothing away.
+    async fn in_place(
+        &self,
+        live: &Live,
+        volume: &Volume,
+        seen: &CloudVolume,
+        slot: Option<Slot>,
+        what: &str,
+    ) -> Result<(), Fail> {
+        let (Some(slot), Some(at)) = (slot, seen.attached) else { return Ok(()) };
+        if at.device_id == Some(slot.number()) {
+            return Ok(());
+        }
+        let given = at.device_id.map_or_else(|| "no number".into(), |n| n.to_string());
+        let words = format!("device id {} was asked for, {given} was given", slot.number());
+        let error = Error::CloudRefused { what: what.into(), words };
+        if live.recovering {
+            return Err(Fail::ambiguous(error));
+        }
+        self.step(live, "the cloud gave another device id: detach again")?;
+        match self.cloud.detach(volume.uuid, at.vm, false).await {
+            Ok(()) => Err(Fail::clean(error)),
+            Err(e) => Err(Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error)),
+        }
     }
 
     /// On another VM it is done when the cloud says so, in the place that was asked for.
@@ -283,18 +317,7 @@ impl Engine {
             let why = format!("the cloud does not say attached to VM {vm} after it said done");
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
         }
-        let got = seen.attached.and_then(|a| a.device_id);
-        if let Some(slot) = slot
-            && got != Some(slot.number())
-        {
-            self.step(live, "the cloud gave another device id: detach again")?;
-            self.cloud
-                .detach(volume.uuid, vm, false)
-                .await
-                .map_err(|e| Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error))?;
-            let words = format!("device id {} was asked for, {got:?} was given; it is detached again", slot.number());
-            return Err(Fail::clean(Error::CloudRefused { what: what.into(), words }));
-        }
+        self.in_place(live, &volume, &seen, slot, what).await?;
         let at = (self.clock)();
         let map_row = self.core.lock().next_mapping();
         let changes = vec![
@@ -305,7 +328,7 @@ impl Engine {
         Ok(Done {
             note: format!("VM {vm}"),
             changes,
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 core.with_volume(row, at, |v| {
                     show_facts(v, &seen);
                     v.base = Status::Remote;
@@ -348,7 +371,7 @@ impl Engine {
         Ok(Done {
             note: if force { "forced".into() } else { String::new() },
             changes,
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 core.with_volume(row, at, |v| {
                     show_facts(v, &after);
                     v.base = status;
@@ -436,8 +459,13 @@ impl Engine {
         }
         if let Err(fail) = self.call_detach(live, volume, self.host, force, what).await {
             let busy = matches!(fail.error, Error::CloudBusy { .. });
-            self.pin_again(volume, &disk).await?;
-            if busy && !fail.ambiguous {
+            let pinned = self.pin_again(live, volume, &disk).await;
+            if fail.ambiguous {
+                // It may have happened, and then there is nothing to pin: the look after it decides.
+                return Err(fail);
+            }
+            pinned?;
+            if busy {
                 let dev = disk.dev;
                 let mut holders = self.kernel(move |devices| devices.holders(dev)).await.unwrap_or_default();
                 if holders.is_empty() {
@@ -451,9 +479,14 @@ impl Engine {
     }
 
     /// After a refused detach: our descriptor back on the same incarnation, under the same row.
-    async fn pin_again(self: &Arc<Self>, volume: &Arc<Volume>, disk: &Disk) -> Result<(), Fail> {
+    async fn pin_again(self: &Arc<Self>, live: &Live, volume: &Arc<Volume>, disk: &Disk) -> Result<(), Fail> {
         let mapping = self.map(volume, disk).await.map_err(|e| e.fail(volume.uuid))?;
-        self.publish(|core, at| core.with_volume(volume.row, at, |v| v.mapping = Some(mapping)));
+        self.publish(|core, at| {
+            // Abandoned meanwhile: reconciling has the volume.
+            if core.owns(live) {
+                core.with_volume(volume.row, at, |v| v.mapping = Some(mapping));
+            }
+        });
         Ok(())
     }
 
@@ -494,7 +527,7 @@ impl Engine {
                 return Err(Fail::ambiguous(Error::Cancelled));
             }
             tokio::select! {
-                _ = changes.recv() => {}
+                () = changed(&mut changes) => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         }
@@ -531,9 +564,10 @@ impl Engine {
         }
         self.step(live, "the cloud resizes it")?;
         failpoint::reach("resize.before-call").await;
-        let size = match self.patiently(&what, Some(volume.uuid), || self.cloud.resize(volume.uuid, size)).await {
-            Ok(size) => size,
-            Err(fail) => return Err(fail),
+        // It has that size already: nothing to call, which is also all that recovery ever does here.
+        let size = match size == seen.size {
+            true => size,
+            false => self.patiently(&what, Some(volume.uuid), || self.cloud.resize(volume.uuid, size)).await?,
         };
         failpoint::reach("resize.after-call").await;
         let mapping = match &volume.mapping {
@@ -552,7 +586,7 @@ impl Engine {
         Ok(Done {
             note: format!("{size} bytes"),
             changes,
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 core.with_volume(row, at, |v| {
                     show_facts(v, &seen);
                     if mapping.is_some() {
@@ -591,7 +625,7 @@ impl Engine {
                 return Err(Fail::ambiguous(Error::Cancelled));
             }
             tokio::select! {
-                _ = changes.recv() => {}
+                () = changed(&mut changes) => {}
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         }
@@ -621,7 +655,7 @@ impl Engine {
             {
                 Ok(until) => until,
                 Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {
-                    Ok(None) => None,
+                    Ok(None) if self.sees_us().await => None,
                     _ => return Err(fail),
                 },
                 Err(fail) => return Err(fail),
@@ -642,7 +676,7 @@ impl Engine {
                 Change::DiskEnd { row },
                 Change::VolumeGone { volume: uuid, at },
             ],
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 core.drop_volume(row, at, false);
                 core.absent.remove(&uuid);
                 core.event(None, json!({"event": "deleted", "volume": uuid}));

@@ -87,10 +87,11 @@ impl Inner {
             }
         };
         command.nowait |= nonblock;
-        let submitted = self.core.submit(target, command.clone(), caller.clone());
+        let verb = command.action.verb();
+        let submitted = self.core.submit(target, command, caller.clone());
         let reply = Reply::Write(reply, length(data));
         let pid = caller.pid;
-        let wait = CommandWait { target, command, op: submitted.op, caller };
+        let wait = CommandWait { target, verb, op: submitted.op, caller };
         self.when_done(
             node,
             pid,

@@ -5,18 +5,21 @@ use std::sync::Arc;
 use crate::command::{Action, Command};
 use crate::engine::{DeviceNow, Engine, Events, Left, Submitted, Target, Ticket, World};
 use crate::error::{Errno, Error};
-use crate::model::{Caller, DiskRow, Holder, JobId, JobRow, MapRow, OpId};
+use crate::model::{Caller, DiskRow, Holder, JobId, JobRow, MapRow, OpId, Verb};
+
+/// Called after each publish.
+pub type OnPublish = Arc<dyn Fn(&Arc<World>) + Send + Sync>;
 
 /// The engine's methods that the tree is served from; see [`Engine`] for their meaning. None blocks.
 #[allow(missing_docs)]
 pub trait Core: Send + Sync + 'static {
     fn world(&self) -> Arc<World>;
     fn events(&self) -> &Events;
-    fn on_publish(&self, f: Arc<dyn Fn(&Arc<World>) + Send + Sync>);
+    fn on_publish(&self, f: OnPublish);
     fn submit(&self, target: Target, command: Command, caller: Caller) -> Submitted;
-    fn would(&self, world: &World, target: Target, action: &Action) -> Result<(), Error>;
+    fn would(&self, target: Target, action: &Action) -> Result<(), Error>;
     fn note_failure(&self, target: Target, verb: &str, caller: &Caller, error: &Error);
-    fn caller_left(&self, target: Target, command: &Command, op: Option<OpId>, caller: &Caller, left: Left) -> Errno;
+    fn caller_left(&self, target: Target, verb: Verb, op: Option<OpId>, caller: &Caller, left: Left) -> Errno;
     fn make_job(&self, id: JobId, caller: Caller) -> Ticket<JobRow>;
     fn forget_job(&self, job: JobRow, caller: Caller) -> Ticket;
     fn set_vm_name(&self, job: JobRow, value: String, caller: Caller) -> Ticket;
@@ -33,23 +36,20 @@ impl Core for Engine {
     fn events(&self) -> &Events {
         Engine::events(self)
     }
-    fn on_publish(&self, f: Arc<dyn Fn(&Arc<World>) + Send + Sync>) {
+    fn on_publish(&self, f: OnPublish) {
         Engine::on_publish(self, f);
     }
     fn submit(&self, target: Target, command: Command, caller: Caller) -> Submitted {
         Engine::submit(self, target, command, caller)
     }
-    fn would(&self, world: &World, target: Target, action: &Action) -> Result<(), Error> {
-        {
-            let _ = world;
-            Engine::would(self, target, action)
-        }
+    fn would(&self, target: Target, action: &Action) -> Result<(), Error> {
+        Engine::would(self, target, action)
     }
     fn note_failure(&self, target: Target, verb: &str, caller: &Caller, error: &Error) {
         Engine::note_failure(self, target, verb, caller, error);
     }
-    fn caller_left(&self, target: Target, command: &Command, op: Option<OpId>, caller: &Caller, left: Left) -> Errno {
-        Engine::caller_left(self, target, command.action.verb(), op, caller, left)
+    fn caller_left(&self, target: Target, verb: Verb, op: Option<OpId>, caller: &Caller, left: Left) -> Errno {
+        Engine::caller_left(self, target, verb, op, caller, left)
     }
     fn make_job(&self, id: JobId, caller: Caller) -> Ticket<JobRow> {
         Engine::make_job(self, id, caller)

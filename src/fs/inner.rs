@@ -22,6 +22,16 @@ use crate::model::{DevNo, DiskRow, Holder, Timestamp};
 /// How long an open of `holders` waits for the walk of /proc: it is bounded, but not by us.
 const HOLDERS_MOST: Duration = Duration::from_secs(10);
 
+/// What a READ asks for.
+#[derive(Clone, Copy)]
+pub struct Wanted {
+    pub offset: u64,
+    pub size: usize,
+    /// O_NONBLOCK: nothing yet is EAGAIN.
+    pub nonblock: bool,
+    pub pid: u32,
+}
+
 /// The state behind the handlers, shared with callbacks and the notifying thread.
 pub struct Inner {
     pub core: Arc<dyn Core>,
@@ -266,27 +276,18 @@ impl Inner {
     }
 
     /// READ.
-    pub fn read(
-        self: &Arc<Self>,
-        node: Node,
-        fh: u64,
-        offset: u64,
-        size: u32,
-        nonblock: bool,
-        pid: u32,
-        reply: ReplyData,
-    ) {
+    pub fn read(self: &Arc<Self>, node: Node, fh: u64, wanted: Wanted, reply: ReplyData) {
+        let Wanted { offset, size, pid, .. } = wanted;
         let Some(handle) = self.handles.get(fh).filter(|h| h.node == node).or_else(|| self.adopt(node, fh, offset))
         else {
             return reply.error(errno(Errno::ESTALE));
         };
-        let size = usize::try_from(size).unwrap_or(usize::MAX);
         let mut state = handle.state.lock();
         let value = match &mut *state {
             State::Value(value) => value,
             State::Stream(_) => {
                 drop(state);
-                return self.read_stream(&handle, fh, size, nonblock, pid, reply);
+                return self.read_stream(&handle, fh, wanted, reply);
             }
             State::Dir(..) => return reply.error(errno(Errno::EISDIR)),
             State::Writer => return reply.error(errno(Errno::EIO)),
@@ -299,7 +300,8 @@ impl Inner {
                 return self.reread_holders(handle, size, pid, reply);
             }
             // What was rendered at the open is good for the first read if nothing has changed since.
-            if !holders && !(first && value.seq == self.core.world().seq) {
+            let still_good = holders || first && value.seq == self.core.world().seq;
+            if !still_good {
                 match self.text(node) {
                     Ok(now) => (value.text, value.seq) = (now.text, now.seq),
                     // The object behind an open handle is gone.

@@ -32,6 +32,7 @@ mod tree;
 mod waiters;
 
 #[cfg(test)]
+mod mounted_tests;
 #[cfg(test)]
 mod testing;
 
@@ -39,7 +40,7 @@ pub use self::core::Core;
 pub use mount::{DEFAULT_MOUNTPOINT, Ended, MountError, Options, Serving, serve};
 
 use handles::State;
-use inner::Inner;
+use inner::{Inner, Wanted};
 use node::{JobFile, Node, RootFile};
 
 /// Nothing is cached by the kernel: neither names nor attributes.
@@ -219,8 +220,10 @@ impl Filesystem for Fs {
         reply: ReplyData,
     ) {
         let nonblock = flags.0 & libc::O_NONBLOCK != 0;
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
+        let wanted = Wanted { offset, size, nonblock, pid: req.pid() };
         guard("read", || match self.inner.node(ino) {
-            Ok(node) => self.inner.read(node, fh.0, offset, size, nonblock, req.pid(), reply),
+            Ok(node) => self.inner.read(node, fh.0, wanted, reply),
             Err(e) => reply.error(errno(e)),
         });
     }

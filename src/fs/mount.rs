@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fuser::{Config, Session, SessionACL};
+use parking_lot::Mutex;
 use rustix::mount::{MountFlags, UnmountFlags};
 use tokio::sync::watch;
 
@@ -21,7 +22,7 @@ use super::tree::ExportNames;
 use super::waiters::Waiters;
 use super::{Fs, notify};
 
-/// Where the tree is mounted if nothing else is said; made if it is missing.
+/// Where the tree is mounted if nothing else is said.
 pub const DEFAULT_MOUNTPOINT: &str = "/run/volfs";
 
 const FS_TYPE: &str = "fuse.volfs";
@@ -35,7 +36,7 @@ const DEAD_MOST: usize = 64;
 /// How to serve the tree.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// An absolute path to a directory.
+    /// An absolute path to a directory, which is made if its parent is there.
     pub mountpoint: PathBuf,
     /// The group that may write to `control`, `vm_name`, `hold` and `block`.
     pub gid: u32,
@@ -106,7 +107,7 @@ pub struct Serving {
     device: String,
     ended: Ended,
     thread: JoinHandle<()>,
-    finished: mpsc::Receiver<()>,
+    finished: Mutex<mpsc::Receiver<()>>,
     request_timeout: Option<Duration>,
 }
 
@@ -151,6 +152,7 @@ pub fn serve(core: Arc<dyn Core>, options: Options) -> Result<Serving, MountErro
         }
     };
     tracing::info!("mounted at {} as device {device}", path.display());
+    let finished = Mutex::new(finished);
     Ok(Serving { inner, mountpoint: path, device, ended, thread, finished, request_timeout })
 }
 
@@ -216,7 +218,7 @@ impl Serving {
             Err(e) => tracing::error!("cannot tell whether {} is still ours: {e}", self.mountpoint.display()),
         }
         let waited = Instant::now();
-        match self.finished.recv_timeout(JOIN_MOST) {
+        match self.finished.into_inner().recv_timeout(JOIN_MOST) {
             Ok(()) => {
                 if self.thread.join().is_err() {
                     tracing::error!("the session's thread panicked");
@@ -267,6 +269,7 @@ fn directory(given: &Path, path: PathBuf) -> Result<PathBuf, MountError> {
     match std::fs::symlink_metadata(&path) {
         Ok(meta) if meta.is_dir() => Ok(path),
         Ok(_) => Err(bad("is not a directory".into())),
+        // /run is empty after each boot.
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             std::fs::create_dir(&path).map_err(|e| bad(format!("cannot be made: {e}")))?;
             Ok(path)

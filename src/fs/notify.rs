@@ -8,7 +8,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::errno;
 use super::handles::{Handle, State, Stream};
-use super::inner::Inner;
+use super::inner::{Inner, Wanted};
 use super::node::{JobFile, Node, RootFile, VolumeFile};
 use super::waiters::{Parked, Reply, Waits};
 use crate::error::Errno;
@@ -140,7 +140,8 @@ impl Inner {
     }
 
     /// READ of a stream: what is there, else it is parked.
-    pub fn read_stream(&self, handle: &Arc<Handle>, fh: u64, size: usize, nonblock: bool, pid: u32, reply: ReplyData) {
+    pub fn read_stream(&self, handle: &Arc<Handle>, fh: u64, wanted: Wanted, reply: ReplyData) {
+        let Wanted { size, nonblock, pid, .. } = wanted;
         // Watched before the look: what is pushed after it rings.
         self.handles.watch(fh, handle);
         let mut state = handle.state.lock();

@@ -326,7 +326,7 @@ impl Core for Fake {
             None => Submitted { ticket: Ticket::done(Ok(())), deadline: None, op: None },
         }
     }
-    fn would(&self, _world: &World, target: Target, action: &Action) -> Result<(), Error> {
+    fn would(&self, target: Target, action: &Action) -> Result<(), Error> {
         match (target, action) {
             (Target::Volume(_), Action::Revert { .. }) => Err(Error::NotPermitted { what: "not\nnow" }),
             _ => Ok(()),
@@ -335,7 +335,7 @@ impl Core for Fake {
     fn note_failure(&self, target: Target, verb: &str, _caller: &Caller, error: &Error) {
         self.failures.lock().push((target, verb.into(), error.clone()));
     }
-    fn caller_left(&self, _: Target, _: &Command, _: Option<OpId>, _: &Caller, left: Left) -> Errno {
+    fn caller_left(&self, _: Target, _: Verb, _: Option<OpId>, _: &Caller, left: Left) -> Errno {
         self.left.lock().push(left);
         match left {
             Left::Interrupted => Errno::EINTR,

@@ -58,7 +58,7 @@ pub enum StoreError {
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
 pub enum Change {
-    /// A new job.
+    /// A new job; or a forgotten one as it was, when row and name are its own.
     JobAdd { row: JobRow, id: JobId, at: Timestamp },
     /// A job that owns nothing is marked forgotten; its name is free again.
     JobForget { row: JobRow, at: Timestamp },
@@ -99,6 +99,31 @@ pub enum Change {
     OpEnd { id: OpId, outcome: Outcome, sentence: String, at: Timestamp },
     /// An operation learns its volume (create, claim): afterwards history finds it by uuid.
     OpVolume { id: OpId, volume: VolumeId },
+}
+
+impl Change {
+    /// Dates the change: what is recorded and what is shown of one commit have one time.
+    pub fn date(&mut self, now: Timestamp) {
+        match self {
+            Change::JobAdd { at, .. }
+            | Change::JobForget { at, .. }
+            | Change::JobVmName { at, .. }
+            | Change::JobHold { at, .. }
+            | Change::VolumeAdd { at, .. }
+            | Change::VolumeStatus { at, .. }
+            | Change::VolumeGone { at, .. }
+            | Change::DiskAdd { at, .. }
+            | Change::DiskRename { at, .. }
+            | Change::MappingSet(MappingRow { at, .. })
+            | Change::OpEnd { at, .. } => *at = now,
+            Change::VolumeFacts { .. }
+            | Change::DiskEnd { .. }
+            | Change::MappingEnd { .. }
+            | Change::OpBegin(_)
+            | Change::OpStep { .. }
+            | Change::OpVolume { .. } => {}
+        }
+    }
 }
 
 /// A row of `device_mappings`.

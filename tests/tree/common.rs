@@ -142,7 +142,7 @@ impl Volfs {
 
     /// Runs a script in one shell with `$R` the mount point, standing outside the tree.
     pub fn sh_in(&self, shell: &[&str], script: &str) -> Said {
-        said(self.shell(shell, script).output().unwrap())
+        said_of(self.shell(shell, script).output().unwrap())
     }
 
     /// The same in dash, the most common `/bin/sh`.
@@ -286,7 +286,8 @@ pub fn loops_below(dir: &Path) -> Vec<String> {
     found
 }
 
-fn said(output: Output) -> Said {
+/// What a finished command said.
+pub fn said_of(output: Output) -> Said {
     use std::os::unix::process::ExitStatusExt;
     Said {
         status: output.status.code().unwrap_or_else(|| -output.status.signal().unwrap_or(0)),
@@ -297,7 +298,7 @@ fn said(output: Output) -> Said {
 
 /// What a spawned script said in the end.
 pub fn finish(child: Child) -> Said {
-    said(child.wait_with_output().unwrap())
+    said_of(child.wait_with_output().unwrap())
 }
 
 impl Drop for Volfs {

@@ -2,15 +2,27 @@
 
 mod adversary;
 mod bad_input;
+mod bring;
+mod commands;
 mod common;
+mod concurrency;
 mod crash;
+mod errors;
+mod events;
+mod identity;
 mod mounting;
 mod predecessor;
+mod rules;
+mod shells;
+mod statuses;
+mod table;
+mod traps;
+mod waiting;
 
 use common::Volfs;
 
 #[test]
-fn a_disk_is_created_attached_written_detached_and_read_back() {
+fn c1_c3_c4_c12_a_disk_is_created_attached_written_detached_and_read_back() {
     let volfs = Volfs::start();
     volfs.job("a", &["d"], "8M");
     volfs.ok("echo attach > $R/jobs/a/control && echo hello | dd of=$R/jobs/a/disks/d/block conv=fsync status=none");

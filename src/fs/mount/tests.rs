@@ -20,10 +20,13 @@ fn a_mount_point_must_be_a_directory_by_its_absolute_path() {
     let file = dir.path().join("file");
     std::fs::write(&file, "").unwrap();
     std::os::unix::fs::symlink(dir.path(), dir.path().join("link")).unwrap();
-    for bad in [Path::new("relative"), Path::new("/"), &file, &dir.path().join("link"), &dir.path().join("missing")] {
+    let deep = dir.path().join("missing/too");
+    for bad in [Path::new("relative"), Path::new("/"), &file, &dir.path().join("link"), &deep] {
         assert!(matches!(prepare(bad), Err(MountError::Mountpoint { .. })), "{}", bad.display());
     }
     assert_eq!(prepare(dir.path()).unwrap(), dir.path().canonicalize().unwrap());
+    let made = dir.path().join("made");
+    assert!(prepare(&made).is_ok() && made.is_dir(), "the last directory of the path is made");
 }
 
 struct Unmount(PathBuf);

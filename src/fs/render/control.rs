@@ -1,7 +1,7 @@
 //! What `control` says when it is read: which verbs are allowed now, and why the others are not.
 //!
-//! An editor writes back what it has read, so the text must never be a command: it starts with
-//! `#` and has several lines, and either is EINVAL.
+//! An editor writes back what it has read, and bash's `echo "$text" > control` does so in a write a
+//! line: so neither the text nor any line of it is a command. No verb ends with a colon.
 
 use uuid::Uuid;
 
@@ -16,11 +16,11 @@ use crate::model::{DiskName, DiskRow, JobId, JobRow, OpId, SnapshotName, VolumeI
 pub fn text(view: &View<'_>, target: Target) -> Result<String, Errno> {
     let mut text = String::from("# verb\tnow (man 5 volfs says how each is written)\n");
     for action in actions(view, target)? {
-        let now = match view.core.would(view.world, target, &action) {
+        let now = match view.core.would(target, &action) {
             Ok(()) => "allowed".to_owned(),
             Err(e) => format!("no: {}", escape(&e.to_string())),
         };
-        text.push_str(&format!("{}\t{now}\n", action.verb()));
+        text.push_str(&format!("{}:\t{now}\n", action.verb()));
     }
     Ok(text)
 }

@@ -21,7 +21,8 @@ mod tests;
 /// The text of `version`.
 pub const VERSION: &str = concat!("volfs ", env!("CARGO_PKG_VERSION"), " abi 1\n");
 
-/// What the file says now. ESTALE when its object is gone, ENODEV where there is no device.
+/// What the file says now. ESTALE when its object is gone, ENODEV where there is no device, ENODATA
+/// for what cannot be told.
 /// `holders` and `events` are not texts of a moment and are not asked for here.
 pub fn text(view: &View<'_>, node: Node) -> Result<String, Errno> {
     let world = view.world;
@@ -66,7 +67,8 @@ pub fn text(view: &View<'_>, node: Node) -> Result<String, Errno> {
     })
 }
 
-/// The length of [`text`], for st_size: of `device` and `incarnation` as last verified, 0 without one.
+/// The length of [`text`], for st_size: of `device` and `incarnation` as last verified; 0 without one,
+/// and of what cannot be told.
 pub fn size(view: &View<'_>, node: Node) -> Result<usize, Errno> {
     match node {
         Node::Volume(row, VolumeFile::Device) => {
@@ -75,7 +77,11 @@ pub fn size(view: &View<'_>, node: Node) -> Result<usize, Errno> {
         Node::Volume(row, VolumeFile::Incarnation) => {
             Ok(view.volume(row)?.device().map_or(0, |m| m.incarnation.to_string().len() + 1))
         }
-        node => text(view, node).map(|t| t.len()),
+        node => match text(view, node) {
+            // What cannot be told fails at open; stat works all the same.
+            Err(Errno::ENODATA) => Ok(0),
+            text => text.map(|t| t.len()),
+        },
     }
 }
 
@@ -93,6 +99,8 @@ fn volume(view: &View<'_>, row: DiskRow, file: VolumeFile) -> Result<String, Err
         VolumeFile::History => history(volume.history.iter()),
         VolumeFile::Name => line(&volume.name),
         VolumeFile::Size => line(&volume.size.to_string()),
+        // While nobody can tell where it is, an empty line would say "nowhere" (rules R1 and R9).
+        VolumeFile::Vm | VolumeFile::DeviceId if volume.base == Status::Unknown => return Err(Errno::ENODATA),
         VolumeFile::Vm => line(&volume.vm.map_or(String::new(), |vm| vm.to_string())),
         VolumeFile::DeviceId => line(&number(volume.device_id)),
         VolumeFile::Serial => line(&volume.serial),

@@ -120,12 +120,17 @@ fn failed(object: String, e: &ErrorText) -> Problem {
 }
 
 fn ended_badly(object: &str, h: &HistoryRow) -> Option<Problem> {
-    let bad = matches!(h.outcome, Outcome::Ambiguous | Outcome::Interrupted | Outcome::Abandoned);
-    bad.then(|| Problem {
+    let default = match h.outcome {
+        Outcome::Ambiguous => "there was no clear answer",
+        Outcome::Interrupted => "volfs ended before it had begun, and does not begin such by itself",
+        Outcome::Abandoned => "it was ended in the record only",
+        Outcome::Done | Outcome::Failed | Outcome::Cancelled => return None,
+    };
+    Some(Problem {
         object: object.into(),
         since: h.at,
         what: format!("{} {}", h.verb, h.outcome.as_str()),
-        why: h.sentence.to_string(),
+        why: if h.sentence.is_empty() { default.into() } else { h.sentence.to_string() },
         remedy: format!("look at status, then repeat `{}` if it is still wanted", h.verb),
     })
 }

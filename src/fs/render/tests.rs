@@ -212,8 +212,9 @@ fn control_says_what_is_allowed_and_can_never_be_a_command() {
         let text = a.text(&path).unwrap();
         assert!(text.starts_with('#') && text.lines().count() > 1, "{text}");
         assert!(text.lines().skip(1).all(|l| l.ends_with("\tallowed") || l.contains("\tno: ")), "{text}");
-        verbs
-            .push(text.lines().skip(1).map(|l| l.split('\t').next().unwrap().to_owned()).collect::<Vec<_>>().join(" "));
+        verbs.push(
+            text.lines().skip(1).map(|l| l.split(":\t").next().unwrap().to_owned()).collect::<Vec<_>>().join(" "),
+        );
         for place in [crate::command::Place::Root, crate::command::Place::Job, crate::command::Place::Volume] {
             assert!(crate::command::parse(text.as_bytes(), place).is_err());
         }
@@ -221,7 +222,7 @@ fn control_says_what_is_allowed_and_can_never_be_a_command() {
     assert_eq!(verbs[0], "reconcile cancel abandon");
     assert_eq!(verbs[1], "create claim attach detach snapshot revert delete-snapshot move destroy cancel");
     assert_eq!(verbs[2], "attach detach resize snapshot revert delete-snapshot delete release move disk reconcile");
-    assert!(a.text(&v1("control")).unwrap().contains("revert\tno: not\\012now\n"), "a reason is one line");
+    assert!(a.text(&v1("control")).unwrap().contains("revert:\tno: not\\012now\n"), "a reason is one line");
 }
 
 #[test]
@@ -284,12 +285,13 @@ fn metrics_are_well_formed() {
     w.counters = counters;
     let text = of(w, "metrics");
     let name_ok = |n: &str| n.starts_with("volfs_") && n.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
-    let (mut family, mut kind, mut seen) = ("", "", std::collections::HashSet::new());
+    let (mut family, mut kind) = ("", "");
+    let (mut families, mut samples) = (std::collections::HashSet::new(), std::collections::HashSet::new());
     for line in text.lines() {
         if let Some(help) = line.strip_prefix("# HELP ") {
             let (name, words) = help.split_once(' ').unwrap();
             assert!(name_ok(name) && !words.is_empty(), "{line}");
-            assert!(seen.insert(name.to_owned()), "one family each: {line}");
+            assert!(families.insert(name.to_owned()), "one family each: {line}");
             family = name;
         } else if let Some(of) = line.strip_prefix("# TYPE ") {
             let (name, k) = of.split_once(' ').unwrap();
@@ -301,7 +303,7 @@ fn metrics_are_well_formed() {
             assert_eq!(series.split('{').next().unwrap(), family, "{line}");
             assert!(["gauge", "counter"].contains(&kind));
             assert!(value.parse::<f64>().is_ok(), "{line}");
-            assert!(seen.insert(series.to_owned()), "one sample each: {line}");
+            assert!(samples.insert(series.to_owned()), "one sample each: {line}");
         }
     }
     for sample in [

@@ -65,12 +65,14 @@ fn signed(what: &str, value: u64) -> Result<i64, StoreError> {
 
 fn dispatch(conn: &Connection, change: &Change) -> Applied {
     match change {
-        Change::JobAdd { row, id, at } => run(
+        Change::JobAdd { row, id, at } => one(
             conn,
-            "INSERT INTO jobs (id, name, created_at, vm_name_at, hold_at) VALUES (?1, ?2, ?3, ?3, ?3)",
+            "INSERT INTO jobs (id, name, created_at, vm_name_at, hold_at) VALUES (?1, ?2, ?3, ?3, ?3)
+                ON CONFLICT (id) DO UPDATE SET forgotten_at = NULL
+                WHERE name = excluded.name AND forgotten_at IS NOT NULL",
             params![row.0, id.as_str(), at.0],
-        )
-        .map(drop),
+            || format!("job {row} is there already, or under another name"),
+        ),
         Change::JobForget { row, at } => one(
             conn,
             "UPDATE jobs SET forgotten_at = ?2 WHERE id = ?1 AND forgotten_at IS NULL

@@ -24,6 +24,7 @@ use writer::{Request, Writer};
 mod apply;
 mod load;
 mod opening;
+mod reserve;
 mod schema;
 mod writer;
 
@@ -85,7 +86,8 @@ impl SqliteStore {
         }
         apply::prune(&conn, keep)?;
         let transactions = Arc::new(AtomicU64::new(0));
-        let writer = Writer { conn, path: path.clone(), keep, transactions: transactions.clone() };
+        let reserve = reserve::Reserve::take(&path);
+        let writer = Writer { conn, path: path.clone(), reserve, keep, transactions: transactions.clone() };
         let (requests, receiver) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("volfs-store".into())

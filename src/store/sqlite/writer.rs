@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use rusqlite::Connection;
 use tokio::sync::oneshot;
 
+use super::reserve::{self, Reserve};
 use super::{apply, load, schema};
 use crate::failpoint;
 use crate::store::{Change, Loaded, StoreError};
@@ -25,6 +26,7 @@ pub(super) enum Request {
 pub(super) struct Writer {
     pub conn: Connection,
     pub path: PathBuf,
+    pub reserve: Reserve,
     /// Ended operations to keep.
     pub keep: usize,
     /// Transactions committed so far.
@@ -33,7 +35,7 @@ pub(super) struct Writer {
 
 impl Writer {
     /// Serves until every sender is gone, then folds the WAL back and closes.
-    pub(super) fn run(self, requests: &Receiver<Request>) {
+    pub(super) fn run(mut self, requests: &Receiver<Request>) {
         // Pruning is amortized: at most a tenth more than asked for is kept.
         let prune_after = (self.keep / 10).max(1);
         let mut ended = 0usize;
@@ -54,7 +56,19 @@ impl Writer {
                 next = if batches.len() < GROUP { requests.try_recv().ok() } else { None };
             }
             if !batches.is_empty() {
-                let results = commit_group(&self.conn, &batches, &self.transactions);
+                let mut results = commit_group(&self.conn, &batches, &self.transactions);
+                for (batch, result) in batches.iter().zip(&mut results) {
+                    let full = matches!(result, Err(StoreError::Full { .. }));
+                    // Once given up, the space serves the ones that deserve it until it is gone, too.
+                    if full && reserve::deserves(batch) {
+                        self.reserve.give_up();
+                        let alone = commit_group(&self.conn, std::slice::from_ref(batch), &self.transactions);
+                        *result = alone.into_iter().next().unwrap_or_else(|| result.clone());
+                    }
+                }
+                if results.iter().all(Result::is_ok) {
+                    self.reserve.restore();
+                }
                 for ((batch, answer), result) in batches.iter().zip(answers).zip(results) {
                     if result.is_ok() {
                         ended += batch.iter().filter(|c| ends(c)).count();

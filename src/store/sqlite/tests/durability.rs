@@ -86,8 +86,12 @@ struct SmallDisk(TempDir);
 
 impl SmallDisk {
     fn new() -> Self {
+        Self::of(c"size=1m,mode=0700")
+    }
+
+    fn of(size: &std::ffi::CStr) -> Self {
         let dir = dir();
-        mount("volfs-test", dir.path(), "tmpfs", MountFlags::empty(), c"size=1m,mode=0700").unwrap();
+        mount("volfs-test", dir.path(), "tmpfs", MountFlags::empty(), size).unwrap();
         Self(dir)
     }
 }
@@ -101,6 +105,25 @@ impl Drop for SmallDisk {
 
 fn full(result: &Result<(), StoreError>) -> bool {
     matches!(result, Err(StoreError::Full { .. }))
+}
+
+#[test]
+fn on_a_full_disk_the_reserve_lets_a_detach_be_journaled_and_recorded_but_no_attach() {
+    let disk = SmallDisk::of(c"size=8m,mode=0700");
+    let store = SqliteStore::open(disk.0.path()).unwrap();
+    put(&store, vec![begin(1)]);
+    let mut file = fs::File::create(disk.0.path().join("filler")).unwrap();
+    while file.write(&[0; 4096]).is_ok() {}
+    // What was allocated in the WAL already still takes a few.
+    let mut id = 2;
+    while commit(&store, vec![begin(id)]).is_ok() {
+        id += 1;
+    }
+    assert!(full(&commit(&store, vec![begin(id + 1)])), "an attach must not use the reserve");
+    let mut detach = op(id + 2);
+    detach.verb = Verb::Detach;
+    assert_eq!(commit(&store, vec![Change::OpBegin(Box::new(detach))]), Ok(()));
+    assert_eq!(commit(&store, vec![done(id + 2)]), Ok(()));
 }
 
 #[test]
