@@ -1208,8 +1208,7 @@ fn c1_c3_c5_c7_nowait_and_o_nonblock_return_when_it_is_journaled() {
     let volfs = Volfs::start_with(&[("VOLFS_FAILPOINTS", &points)], QUIET);
     job(&volfs, "a");
     let nonblock = |below: &str, command: &str| {
-        let mut file =
-            OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(volfs.path(below)).unwrap();
+        let mut file = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(volfs.path(below)).unwrap();
         file.write_all(command.as_bytes()).unwrap();
     };
     let held = gate.close();
@@ -1235,7 +1234,8 @@ fn c1_c3_c5_c7_nowait_and_o_nonblock_return_when_it_is_journaled() {
     held.release();
     volfs.until("the end", || volfs.value("jobs/a/status") == "idle");
     // A refusal is told at once all the same.
-    let mut file = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(volfs.path("jobs/a/control")).unwrap();
+    let mut file =
+        OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(volfs.path("jobs/a/control")).unwrap();
     assert_eq!(file.write(b"destroy b").unwrap_err().raw_os_error(), Some(EINVAL));
 }
 

@@ -2,8 +2,6 @@
 
 // A test fails by panicking; the lint's own exception covers test functions only, not their helpers.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
-// In helpers of tests, too.
-#![allow(clippy::expect_used, clippy::unwrap_used)]
 
 mod adversary;
 mod bad_input;
