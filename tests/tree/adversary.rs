@@ -77,7 +77,7 @@ fn tag(uuid: &str) -> String {
 impl Scene<'_> {
     fn reader(&self, seed: u64, most: usize) {
         let mut dice = Dice(seed);
-        while !self.over.load(SeqCst) && !(self.reads.fetch_add(1, SeqCst) >= most && self.eventful(most)) {
+        while !(self.over.load(SeqCst) || self.reads.fetch_add(1, SeqCst) >= most && self.eventful(most)) {
             let victim = &self.victims[dice.below(self.victims.len())];
             if let Err(words) = self.look(victim, dice.below(3)) {
                 self.wrong.lock().push(words);
