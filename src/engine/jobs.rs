@@ -60,7 +60,7 @@ impl Engine {
                 id: id.clone(),
                 change: Change::JobAdd { row, id: id.clone(), at },
                 undo: vec![Change::JobForget { row, at }],
-                apply: Box::new(move |core, _| {
+                apply: Box::new(move |core, at| {
                     core.making.remove(&added);
                     core.event(Some(row), serde_json::json!({"event": "job", "job": added.as_str()}));
                     core.put_job(new_job(row, added, at), at);
@@ -120,10 +120,11 @@ impl Engine {
         let now: Arc<str> = value.as_str().into();
         let at = (self.clock)();
         let change = move |was: &Job| {
-            let back = Change::JobVmName { row, vm_name: was.vm_name.0.to_string(), at };
+            let (was, since) = &was.vm_name;
+            let back = Change::JobVmName { row, vm_name: was.to_string(), at: *since };
             (Change::JobVmName { row, vm_name: value, at }, back)
         };
-        self.set(row, "vm_name", caller, change, move |job, _| job.vm_name = (now, at))
+        self.set(row, "vm_name", caller, change, move |job, at| job.vm_name = (now, at))
     }
 
     /// A write to `hold`; lowering it takes root.
@@ -134,9 +135,11 @@ impl Engine {
             return self.refuse_small(Target::Job(row), Verb::Set, &caller, error);
         }
         let at = (self.clock)();
-        let change =
-            move |was: &Job| (Change::JobHold { row, hold: value, at }, Change::JobHold { row, hold: was.hold.0, at });
-        self.set(row, "hold", caller, change, move |job, _| job.hold = (value, at))
+        let change = move |was: &Job| {
+            let (was, since) = was.hold;
+            (Change::JobHold { row, hold: value, at }, Change::JobHold { row, hold: was, at: since })
+        };
+        self.set(row, "hold", caller, change, move |job, at| job.hold = (value, at))
     }
 
     fn set(
