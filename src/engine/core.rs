@@ -42,6 +42,8 @@ pub(super) struct Core {
     pub absent: HashMap<VolumeId, tokio::time::Instant>,
     /// Devices that made a volume `conflict`: it is looked at again when one of them changes.
     pub contenders: HashMap<Arc<str>, DiskRow>,
+    /// Volumes that are being looked at because of an event, and whether another one came meanwhile.
+    pub looking: HashMap<DiskRow, bool>,
     /// False from the beginning of a shutdown.
     pub accepting: bool,
     /// Rows of the root's history.
@@ -116,6 +118,7 @@ impl Core {
             making: HashSet::new(),
             absent: HashMap::new(),
             contenders: HashMap::new(),
+            looking: HashMap::new(),
             accepting: true,
             most_history,
             events: Vec::new(),

@@ -438,15 +438,31 @@ impl Engine {
             };
             rows.extend(world.named_by(&disk.identity).filter(|v| !mapped(v)).map(|v| v.row));
         }
-        // What stood in contradiction may be resolved by what has just come or gone.
-        let unsettled = |v: &Volume| matches!(v.base, Status::Conflict | Status::Lost);
-        rows.extend(world.volumes.values().filter(|v| unsettled(v)).map(|v| v.row));
         for row in rows {
-            if self.idle(row).is_some() {
-                let engine = self.clone();
-                self.runtime.spawn(async move { engine.look_at(row).await });
-            }
+            self.look_soon(row);
         }
+    }
+
+    /// One look at a time a volume, and one more if something happened during it: however fast
+    /// devices come and go on this machine, looks do not pile up.
+    fn look_soon(self: &Arc<Self>, row: DiskRow) {
+        if self.idle(row).is_none() || self.core.lock().looking.insert(row, true).is_some() {
+            return;
+        }
+        let engine = self.clone();
+        self.runtime.spawn(async move {
+            loop {
+                if let Some(again) = engine.core.lock().looking.get_mut(&row) {
+                    *again = false;
+                }
+                engine.look_at(row).await;
+                let mut core = engine.core.lock();
+                if core.looking.get(&row) != Some(&true) {
+                    core.looking.remove(&row);
+                    return;
+                }
+            }
+        });
     }
 }
 
