@@ -60,7 +60,7 @@ impl Engine {
                 id: id.clone(),
                 change: Change::JobAdd { row, id: id.clone(), at },
                 undo: vec![Change::JobForget { row, at }],
-                apply: Box::new(move |core, _| {
+                apply: Box::new(move |core, at| {
                     core.making.remove(&added);
                     core.event(Some(row), serde_json::json!({"event": "job", "job": added.as_str()}));
                     core.put_job(new_job(row, added, at), at);
@@ -123,7 +123,7 @@ impl Engine {
             let back = Change::JobVmName { row, vm_name: was.vm_name.0.to_string(), at };
             (Change::JobVmName { row, vm_name: value, at }, back)
         };
-        self.set(row, "vm_name", caller, change, move |job, _| job.vm_name = (now, at))
+        self.set(row, "vm_name", caller, change, move |job, at| job.vm_name = (now, at))
     }
 
     /// A write to `hold`; lowering it takes root.
@@ -136,7 +136,7 @@ impl Engine {
         let at = (self.clock)();
         let change =
             move |was: &Job| (Change::JobHold { row, hold: value, at }, Change::JobHold { row, hold: was.hold.0, at });
-        self.set(row, "hold", caller, change, move |job, _| job.hold = (value, at))
+        self.set(row, "hold", caller, change, move |job, at| job.hold = (value, at))
     }
 
     fn set(

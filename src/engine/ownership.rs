@@ -106,7 +106,7 @@ impl Engine {
             changes,
             note: format!("volume {}", seen.id),
             look: (status == Status::Unknown).then_some(row),
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 core.op_volume(id, seen.id);
                 let mut volume = blank(row, seen.id, job, disk, epoch, status);
                 volume.times = Times { owned: at, status: at, device: at, facts: at, error: at, history: at };
@@ -278,7 +278,7 @@ impl Engine {
             changes,
             note: String::new(),
             look: None,
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 let Some(volume) = core.drop_volume(old, at, false) else { return };
                 let mut volume = (*volume).clone();
                 volume.row = row;
@@ -315,7 +315,7 @@ impl Engine {
             changes: vec![Change::DiskRename { row, disk: to.clone(), at }],
             note: format!("from {}", volume.disk),
             look: None,
-            apply: Some(Box::new(move |core, _| core.rename_disk(row, to, at))),
+            apply: Some(Box::new(move |core, at| core.rename_disk(row, to, at))),
         })
     }
 }

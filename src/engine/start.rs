@@ -158,14 +158,18 @@ impl Core {
             if let Some(volume) = self.world.volumes.get(&row) {
                 let mut volume = (**volume).clone();
                 volume.times = times;
-                let job = volume.job;
                 self.world.volumes.insert(row, Arc::new(volume));
-                self.with_job(job, at, |j| {
-                    // The first volume replaces what putting it has set to now.
-                    j.listed_at = if j.listed_at == at { times.owned } else { j.listed_at.max(times.owned) };
-                    j.status_at = if j.status_at == at { times.status } else { j.status_at.max(times.status) };
-                });
             }
+        }
+        // Likewise a job's, which putting its volumes has set to now.
+        for job in &loaded.jobs {
+            let Some(mut made) = self.world.jobs.get(&job.row).map(|j| (**j).clone()) else { continue };
+            (made.listed_at, made.status_at) = (job.created, job.created);
+            for volume in made.disks.values().filter_map(|row| self.world.volumes.get(row)) {
+                made.listed_at = made.listed_at.max(volume.times.owned);
+                made.status_at = made.status_at.max(volume.times.status);
+            }
+            self.world.jobs.insert(job.row, Arc::new(made));
         }
         self.volume_rows = loaded.volume_rows.iter().copied().collect::<HashMap<_, _>>();
         self.loose = loaded.loose.iter().copied().collect();

@@ -252,7 +252,6 @@ impl Engine {
             Err(error) => return Err(cannot_tell(error)),
         };
         let at = (self.clock)();
-        let mapping = Arc::new(Mapping { at, ..(*mapping).clone() });
         let host = self.host;
         let changes = vec![
             facts(&seen, &serial),
@@ -262,7 +261,7 @@ impl Engine {
         Ok(Done {
             note: format!("/dev/{}", mapping.name),
             changes,
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 core.with_volume(row, at, |v| {
                     show_facts(v, &seen);
                     v.serial = serial.into();
@@ -329,7 +328,7 @@ impl Engine {
         Ok(Done {
             note: format!("VM {vm}"),
             changes,
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 core.with_volume(row, at, |v| {
                     show_facts(v, &seen);
                     v.base = Status::Remote;
@@ -372,7 +371,7 @@ impl Engine {
         Ok(Done {
             note: if force { "forced".into() } else { String::new() },
             changes,
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 core.with_volume(row, at, |v| {
                     show_facts(v, &after);
                     v.base = status;
@@ -587,7 +586,7 @@ impl Engine {
         Ok(Done {
             note: format!("{size} bytes"),
             changes,
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 core.with_volume(row, at, |v| {
                     show_facts(v, &seen);
                     if mapping.is_some() {
@@ -677,7 +676,7 @@ impl Engine {
                 Change::DiskEnd { row },
                 Change::VolumeGone { volume: uuid, at },
             ],
-            apply: Some(Box::new(move |core, _| {
+            apply: Some(Box::new(move |core, at| {
                 core.drop_volume(row, at, false);
                 core.absent.remove(&uuid);
                 core.event(None, json!({"event": "deleted", "volume": uuid}));

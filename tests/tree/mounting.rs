@@ -359,7 +359,8 @@ fn mount_again_shows_ten_attached_volumes_with_the_same_devices_ids_and_times() 
     let uuids = volfs.job("j", &disks, "1M");
     fs::write(volfs.path("jobs/j/vm_name"), "web1\n").unwrap();
     assert_eq!(volfs.write("jobs/j/control", "attach"), 0, "{}", volfs.log());
-    let mut paths = vec!["jobs/j".to_owned(), "jobs/j/vm_name".into(), "jobs/j/hold".into(), "jobs".into()];
+    let mut paths =
+        vec!["jobs/j".to_owned(), "jobs/j/vm_name".into(), "jobs/j/hold".into(), "jobs/j/disks".into(), "jobs".into()];
     for uuid in &uuids {
         let files = ["", "/device", "/block", "/status", "/size", "/incarnation", "/name", "/serial"];
         paths.extend(files.map(|file| format!("jobs/j/volumes/{uuid}{file}")));
