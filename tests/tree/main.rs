@@ -14,6 +14,7 @@ mod errors;
 mod events;
 mod identity;
 mod in_use;
+mod jobs;
 mod mounting;
 mod predecessor;
 mod rules;
@@ -22,6 +23,7 @@ mod shells;
 mod statuses;
 mod table;
 mod traps;
+mod verbs;
 mod waiting;
 
 use common::Volfs;
