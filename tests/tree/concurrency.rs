@@ -172,9 +172,9 @@ fn r3_d2_32_volumes_attached_at_once_and_again_in_another_order_are_never_crosse
     let mut uuids = volfs.job("a", &names, "1M");
     let mut dice = Dice(32);
     let each = |verb: &str, uuids: &[String]| {
-        let scripts = uuids.iter().map(|u| format!("echo {verb} > $R/jobs/a/volumes/{u}/control"));
+        let scripts = uuids.iter().map(|u| format!("echo {verb} timeout=60 > $R/jobs/a/volumes/{u}/control"));
         for said in Shells::start(&volfs, scripts).finish() {
-            assert_eq!(said, (0, String::new()), "{verb}");
+            assert_eq!(said, (0, String::new()), "{verb}\n{}", volfs.log());
         }
     };
     let device = |uuid: &str| volfs.value(format!("jobs/a/volumes/{uuid}/device"));
