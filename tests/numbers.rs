@@ -1,6 +1,9 @@
 //! Every numbered rule and row of `man 5 volfs` has a test that names it, no test names a number
 //! that the page lacks, and tests through the mount say by their first word what they prove.
 
+// In helpers of tests, too.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;

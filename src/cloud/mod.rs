@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{DiskName, Fence, JobId, Mark, RecordId, Slot, Timestamp, VmId, VolumeId};
+use crate::model::{Disk, DiskName, Fence, JobId, Mark, RecordId, Slot, Timestamp, VmId, VolumeId};
 
 pub mod loopdev;
 
@@ -191,6 +191,13 @@ pub trait Cloud: Send + Sync {
         expect: Option<Mark>,
         new: Option<&Label>,
     ) -> Result<(), CloudError>;
+
+    /// Whether that very disk of this host has this volume's data, where the provider sees more of
+    /// it than the identity that the disk shows. The disk is pinned while this is asked.
+    async fn backs(&self, volume: VolumeId, disk: &Disk) -> Result<bool, CloudError> {
+        let _ = (volume, disk);
+        Ok(true)
+    }
 
     /// A VM, or `None` if the cloud knows no such.
     async fn vm(&self, vm: VmId) -> Result<Option<VmFacts>, CloudError>;

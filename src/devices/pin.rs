@@ -40,7 +40,8 @@ pub(super) struct KernelPin {
 
 #[derive(Debug)]
 struct Open {
-    node: File,
+    /// `None` only by the failpoint `devices.no-pin`: to see that its absence is noticed.
+    node: Option<File>,
     /// An attribute of the disk in sysfs: ENODEV once the disk is gone (kernel fact 23).
     attribute: File,
     /// What it must say; `None` where the kernel has no sequence numbers and only its presence tells.
@@ -69,6 +70,7 @@ impl KernelPin {
         let dir = scanner.sysfs.disk_dir(&disk.name);
         let has_seq = scanner.sysfs.diskseq(&disk.name).map_err(|_| gone(disk))?.is_some();
         let attribute = File::open(dir.join(if has_seq { "diskseq" } else { "dev" })).map_err(|_| gone(disk))?;
+        let node = (!crate::failpoint::hit("devices.no-pin")).then_some(node);
         let open = Open { node, attribute, seq: has_seq.then_some(disk.incarnation.diskseq) };
         // The attribute was opened by name, after the node: it must be the same disk's.
         if !open.alive() {
@@ -85,10 +87,18 @@ impl KernelPin {
         }
     }
 
+    /// Our descriptor, for one question.
+    fn node(&self, open: &Open) -> io::Result<File> {
+        match &open.node {
+            Some(node) => node.try_clone(),
+            None => self.scanner.open(&self.disk, OFlags::RDONLY).map_err(|_| Errno::NODEV.into()),
+        }
+    }
+
     fn read(&self) -> io::Result<Option<Disk>> {
         // A serial is read without the lock: it may hang with its device, alive() and release() must not.
         let identity = if is_loop(&self.disk.name) {
-            self.through(|open| Ok(loop_facts(&open.node)?.map(|f| f.identity)))?
+            self.through(|open| Ok(loop_facts(&self.node(open)?)?.map(|f| f.identity)))?
         } else {
             self.through(|_| Ok(Some(())))?;
             Some(identity::read(&self.scanner.sysfs.disk_dir(&self.disk.name))?)
@@ -96,7 +106,7 @@ impl KernelPin {
         let Some(identity) = identity else { return Ok(None) };
         // Last, so that what was read was read of this incarnation.
         self.through(|open| {
-            let size = sys::disk_size(open.node.as_fd())?;
+            let size = sys::disk_size(self.node(open)?.as_fd())?;
             Ok(open.alive().then(|| Disk { size, identity, ..self.disk.clone() }))
         })
     }

@@ -42,6 +42,8 @@ pub(super) struct Core {
     pub absent: HashMap<VolumeId, tokio::time::Instant>,
     /// Devices that made a volume `conflict`: it is looked at again when one of them changes.
     pub contenders: HashMap<Arc<str>, DiskRow>,
+    /// Volumes that are being looked at because of an event, and whether another one came meanwhile.
+    pub looking: HashMap<DiskRow, bool>,
     /// False from the beginning of a shutdown.
     pub accepting: bool,
     /// Rows of the root's history.
@@ -116,6 +118,7 @@ impl Core {
             making: HashSet::new(),
             absent: HashMap::new(),
             contenders: HashMap::new(),
+            looking: HashMap::new(),
             accepting: true,
             most_history,
             events: Vec::new(),
@@ -174,14 +177,14 @@ impl Core {
     pub fn put_job(&mut self, mut job: Job, at: Timestamp) {
         if let Some(old) = self.world.jobs.get(&job.row) {
             if old.disks != job.disks {
-                job.listed_at = at;
-                self.world.listed_at = at;
+                job.listed_at = job.listed_at.max(at);
+                self.world.listed_at = self.world.listed_at.max(at);
             }
             if old.creating.len() != job.creating.len() || old.running != job.running {
-                job.status_at = at;
+                job.status_at = job.status_at.max(at);
             }
         } else {
-            self.world.listed_at = at;
+            self.world.listed_at = self.world.listed_at.max(at);
         }
         self.world.job_rows.insert(job.id.clone(), job.row);
         self.world.jobs.insert(job.row, Arc::new(job));
@@ -207,7 +210,7 @@ impl Core {
             let device = |v: &Volume| v.device().map(|m| m.row);
             if device(&old) != device(&volume) {
                 volume.times.device = at;
-                self.world.listed_at = at;
+                self.world.listed_at = self.world.listed_at.max(at);
             }
             if old.vm != volume.vm || old.size != volume.size || old.name != volume.name || old.owner != volume.owner {
                 volume.times.facts = at;
@@ -215,7 +218,7 @@ impl Core {
             let (was, is) = (old.status(), volume.status());
             if was != is {
                 volume.times.status = at;
-                self.with_job(volume.job, at, |job| job.status_at = at);
+                self.with_job(volume.job, at, |job| job.status_at = job.status_at.max(at));
                 let fields = json!({
                     "event": "status", "job": job_name, "disk": volume.disk.as_str(), "volume": volume.uuid,
                     "from": was.as_str(), "to": is.as_str(), "why": volume.why.as_deref(),
@@ -277,7 +280,7 @@ impl Core {
             if job.disks.get(&volume.disk) == Some(&row) {
                 job.disks.remove(&volume.disk);
             }
-            job.status_at = at;
+            job.status_at = job.status_at.max(at);
         });
         self.event(
             Some(volume.job),

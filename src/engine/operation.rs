@@ -288,7 +288,7 @@ impl Engine {
                 words: store.to_string(),
             }));
         }
-        self.publish(|core, at| {
+        self.publish_at(at, |core, at| {
             if let (true, Some(row)) = (ambiguous, volume) {
                 core.with_volume(row, at, |v| {
                     v.base = Status::Unknown;

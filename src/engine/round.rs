@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::Engine;
 use super::core::Core;
 use super::reconcile::{CloudView, Finding, Recorded, Rules, settle};
-use super::volume::{facts, mapping_row, show_facts};
+use super::volume::{Unmapped, facts, mapping_row, show_facts};
 use super::world::{Component, Mapping, Unclaimed, VmView, Volume, World};
 use crate::cloud::{CloudError, CloudVolume, Survey};
 use crate::devices::DevicesError;
@@ -78,10 +78,13 @@ impl Engine {
         if let Some(disk) = &finding.device {
             match self.map(&before, disk).await {
                 Ok(made) => mapping = Some(made),
-                Err(DevicesError::Gone { .. }) => return None,
+                Err(Unmapped::Devices(DevicesError::Gone { .. })) => return None,
                 Err(error) => {
-                    finding =
-                        Finding { status: Status::Unknown, device: None, why: Some(error.to_string()), ..finding };
+                    let status = match error {
+                        Unmapped::Impostor(_) => Status::Conflict,
+                        _ => Status::Unknown,
+                    };
+                    finding = Finding { status, device: None, why: Some(error.to_string()), ..finding };
                 }
             }
         }
@@ -435,15 +438,31 @@ impl Engine {
             };
             rows.extend(world.named_by(&disk.identity).filter(|v| !mapped(v)).map(|v| v.row));
         }
-        // What stood in contradiction may be resolved by what has just come or gone.
-        let unsettled = |v: &Volume| matches!(v.base, Status::Conflict | Status::Lost);
-        rows.extend(world.volumes.values().filter(|v| unsettled(v)).map(|v| v.row));
         for row in rows {
-            if self.idle(row).is_some() {
-                let engine = self.clone();
-                self.runtime.spawn(async move { engine.look_at(row).await });
-            }
+            self.look_soon(row);
         }
+    }
+
+    /// One look at a time a volume, and one more if something happened during it: however fast
+    /// devices come and go on this machine, looks do not pile up.
+    fn look_soon(self: &Arc<Self>, row: DiskRow) {
+        if self.idle(row).is_none() || self.core.lock().looking.insert(row, true).is_some() {
+            return;
+        }
+        let engine = self.clone();
+        self.runtime.spawn(async move {
+            loop {
+                if let Some(again) = engine.core.lock().looking.get_mut(&row) {
+                    *again = false;
+                }
+                engine.look_at(row).await;
+                let mut core = engine.core.lock();
+                if core.looking.get(&row) != Some(&true) {
+                    core.looking.remove(&row);
+                    return;
+                }
+            }
+        });
     }
 }
 

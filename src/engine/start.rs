@@ -161,6 +161,16 @@ impl Core {
                 self.world.volumes.insert(row, Arc::new(volume));
             }
         }
+        // Likewise a job's, which putting its volumes has set to now.
+        for job in &loaded.jobs {
+            let Some(mut made) = self.world.jobs.get(&job.row).map(|j| (**j).clone()) else { continue };
+            (made.listed_at, made.status_at) = (job.created, job.created);
+            for volume in made.disks.values().filter_map(|row| self.world.volumes.get(row)) {
+                made.listed_at = made.listed_at.max(volume.times.owned);
+                made.status_at = made.status_at.max(volume.times.status);
+            }
+            self.world.jobs.insert(job.row, Arc::new(made));
+        }
         self.volume_rows = loaded.volume_rows.iter().copied().collect::<HashMap<_, _>>();
         self.loose = loaded.loose.iter().copied().collect();
         for (op, job) in &loaded.history {
@@ -170,7 +180,14 @@ impl Core {
                 self.add_history(row, job, ended);
             }
         }
-        self.world.listed_at = at;
+        // What came is known by its own time, what went by the operation that ended it.
+        let listed = |v: &Verb| {
+            matches!(v, Verb::Rmdir | Verb::Detach | Verb::Delete | Verb::Release | Verb::Move | Verb::Destroy)
+        };
+        let acted = self.world.history.iter().filter(|h| h.outcome == Outcome::Done && listed(&h.verb)).map(|h| h.at);
+        let made = self.world.jobs.values().map(|j| j.created.max(j.listed_at));
+        let here = self.world.volumes.values().map(|v| v.times.device.max(v.times.owned));
+        self.world.listed_at = acted.chain(made).chain(here).max().unwrap_or(at);
         self.take_events();
     }
 }
@@ -217,7 +234,8 @@ fn from_record(
         owned: loaded.at,
         status: loaded.status_at,
         device: loaded.mapping.as_ref().map_or(loaded.at, |m| m.at),
-        facts: loaded.at,
+        // `vm` changes with the status, and a resize records its status anew.
+        facts: loaded.at.max(loaded.status_at),
         error: loaded.at,
         history: loaded.at,
     };

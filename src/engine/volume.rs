@@ -8,12 +8,35 @@ use super::Engine;
 use super::core::Live;
 use super::operation::{Acted, Done, Fail, LOOK_AGAIN, changed, cloud_fail};
 use super::world::{Mapping, Volume};
-use crate::cloud::CloudVolume;
+use crate::cloud::{CloudError, CloudVolume};
 use crate::devices::DevicesError;
 use crate::error::Error;
 use crate::failpoint;
-use crate::model::{Disk, DiskRow, Holder, HolderKind, Slot, Status, VmId};
+use crate::model::{Disk, DiskRow, Holder, HolderKind, Slot, Status, VmId, VolumeId};
 use crate::store::{Change, MappedDevice, MappingRow};
+
+/// Why a disk that carries a volume's identity was not made its device.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unmapped {
+    /// The kernel did not tell, or it is gone.
+    #[error(transparent)]
+    Devices(#[from] DevicesError),
+    /// The cloud did not tell.
+    #[error(transparent)]
+    Cloud(#[from] CloudError),
+    /// The provider says that its data is not the volume's.
+    #[error("/dev/{0} carries its identity, but has not its data")]
+    Impostor(Arc<str>),
+}
+
+impl Unmapped {
+    fn fail(self, volume: VolumeId) -> Fail {
+        Fail::ambiguous(match self {
+            Unmapped::Impostor(_) => Error::Contradiction { volume, why: self.to_string() },
+            other => Error::CannotTell { why: other.to_string() },
+        })
+    }
+}
 
 fn cannot_tell(error: DevicesError) -> Fail {
     Fail::ambiguous(Error::CannotTell { why: error.to_string() })
@@ -66,7 +89,7 @@ pub(super) fn mapping_row(volume: &Volume, mapping: &Mapping, host: VmId) -> Map
 impl Engine {
     /// Pins a disk and makes a mapping of it; the row of the volume's mapping stays while the
     /// incarnation does, so that node ids stay.
-    pub(super) async fn map(&self, volume: &Volume, disk: &Disk) -> Result<Arc<Mapping>, DevicesError> {
+    pub(super) async fn map(&self, volume: &Volume, disk: &Disk) -> Result<Arc<Mapping>, Unmapped> {
         if let Some(old) = &volume.mapping
             && old.incarnation == disk.incarnation
             && old.dev == disk.dev
@@ -76,6 +99,13 @@ impl Engine {
         }
         let wanted = disk.clone();
         let pin = self.kernel(move |devices| devices.pin(&wanted)).await?;
+        // Asked while the pin keeps it from becoming another disk.
+        let backs = self.cloud.backs(volume.uuid, disk).await;
+        if !matches!(backs, Ok(true)) {
+            pin.release();
+            backs?;
+            return Err(Unmapped::Impostor(disk.name.clone()));
+        }
         let row = match &volume.mapping {
             Some(old) if old.incarnation == disk.incarnation && old.dev == disk.dev => old.row,
             _ => self.core.lock().next_mapping(),
@@ -173,8 +203,8 @@ impl Engine {
             match disks.as_slice() {
                 [disk] => match self.map(&volume, disk).await {
                     Ok(mapping) => break mapping,
-                    Err(DevicesError::Gone { .. }) => {}
-                    Err(error) => return Err(cannot_tell(error)),
+                    Err(Unmapped::Devices(DevicesError::Gone { .. })) => {}
+                    Err(error) => return Err(error.fail(volume.uuid)),
                 },
                 [] => {}
                 several => {
@@ -450,7 +480,7 @@ impl Engine {
 
     /// After a refused detach: our descriptor back on the same incarnation, under the same row.
     async fn pin_again(self: &Arc<Self>, live: &Live, volume: &Arc<Volume>, disk: &Disk) -> Result<(), Fail> {
-        let mapping = self.map(volume, disk).await.map_err(cannot_tell)?;
+        let mapping = self.map(volume, disk).await.map_err(|e| e.fail(volume.uuid))?;
         self.publish(|core, at| {
             // Abandoned meanwhile: reconciling has the volume.
             if core.owns(live) {
@@ -547,7 +577,9 @@ impl Engine {
             _ => None,
         };
         let seen = CloudVolume { size, ..seen };
-        let mut changes = vec![facts(&seen, &volume.serial)];
+        let at = (self.clock)();
+        let mut changes =
+            vec![facts(&seen, &volume.serial), Change::VolumeStatus { volume: volume.uuid, status: volume.base, at }];
         if let Some(mapping) = &mapping {
             changes.push(Change::MappingSet(mapping_row(&volume, mapping, self.host)));
         }

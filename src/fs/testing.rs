@@ -305,7 +305,8 @@ impl Fake {
 
     fn now(&self, volume: &Volume) -> Result<DeviceNow, Error> {
         let none = || Error::NoDevice { volume: volume.uuid, status: volume.status() };
-        let m = volume.device().filter(|m| !self.gone.lock().contains(&m.row)).ok_or_else(none)?;
+        // Also while a detach withdraws it: that the tree does not serve it then is the tree's matter.
+        let m = volume.mapping.as_ref().filter(|m| !self.gone.lock().contains(&m.row)).ok_or_else(none)?;
         Ok(DeviceNow { name: m.name.clone(), dev: m.dev, incarnation: m.incarnation, mapping: m.row, size: m.size })
     }
 }

@@ -52,16 +52,17 @@ pub fn say_attached_here(volfs: &Volfs, uuid: &str) {
     edit_meta(volfs, uuid, |m| m["attached"] = json!({"vm": host, "device_id": 77, "boot": boot}));
 }
 
-/// This host's id, as the loop provider makes it.
+/// This host's id, as the loop provider makes it; of the machine, so asked for once.
 pub fn host(volfs: &Volfs) -> String {
-    let config = volfs::model::VmId::random().to_string();
-    let job = format!("host-{config}");
-    fs::create_dir(volfs.path(format!("jobs/{job}"))).unwrap();
-    let uuid = &volfs.job(&job, &["d"], "1M")[0];
-    assert_eq!(volfs.write(format!("jobs/{job}/control"), "attach"), 0, "{}", volfs.log());
-    let host = of(volfs, uuid, "vm");
-    assert_eq!(volfs.write(format!("jobs/{job}/control"), &format!("destroy {job}")), 0, "{}", volfs.log());
-    host
+    static HOST: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    let ask = || {
+        let uuid = &volfs.job("whose-host", &["d"], "1M")[0];
+        assert_eq!(volfs.write("jobs/whose-host/control", "attach"), 0, "{}", volfs.log());
+        let host = of(volfs, uuid, "vm");
+        assert_eq!(volfs.write("jobs/whose-host/control", "destroy whose-host"), 0, "{}", volfs.log());
+        host
+    };
+    HOST.get_or_init(ask).clone()
 }
 
 /// Another record's mark.

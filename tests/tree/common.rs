@@ -95,6 +95,14 @@ impl Volfs {
         let mut command = self.command();
         // The child says `ready` on stdout when the tree answers, or why it does not start.
         command.arg("--background-child").stdout(Stdio::piped()).stderr(log);
+        // A test run that is killed takes its daemons with it.
+        // SAFETY: prctl with PR_SET_PDEATHSIG is async-signal-safe and touches no memory of ours.
+        unsafe {
+            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            });
+        }
         let mut child = command.spawn().unwrap();
         let mut out = child.stdout.take().unwrap();
         let mut line = Vec::new();

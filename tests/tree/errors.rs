@@ -169,7 +169,7 @@ fn e4_ebusy_is_what_somebody_else_has() {
     refused(&volfs, &off_control, "attach", libc::EBUSY, "EBUSY");
     assert!(sentence(&volfs, &off_control).contains(OTHER_VM));
     // Marked by another record.
-    assert_eq!(volfs.write(&format!("volumes/{theirs}/control"), &format!("release {theirs}")), 0);
+    assert_eq!(volfs.write(format!("volumes/{theirs}/control"), &format!("release {theirs}")), 0);
     edit_meta(&volfs, &theirs, |meta| meta["mark"] = format!("{OTHER_VM}/3").into());
     refused(&volfs, "jobs/a/control", &format!("claim {theirs}"), libc::EBUSY, "EBUSY");
     assert!(sentence(&volfs, "jobs/a/control").contains("from="));

@@ -520,9 +520,12 @@ fn r7_mtime_is_the_last_change_of_that_value() {
     assert_eq!(volfs.terminate().0, 0);
     volfs.launch();
     for (i, file) in files[..5].iter().enumerate() {
-        let now = time(&volfs, file);
-        // The record has the moment that it was told, the tree showed the one in which it was done.
-        assert!((now.0 - after[i].0).abs() <= 1, "{file} after a restart: {now:?}, before it {:?}", after[i]);
+        // The record keeps no time of its own for what the cloud says (size, name, …): the one since when
+        // the volume is ours stands for it.
+        match i {
+            2 => assert!(time(&volfs, file) <= after[i], "{file} after a restart"),
+            _ => assert_eq!(time(&volfs, file), after[i], "{file} after a restart"),
+        }
     }
 }
 

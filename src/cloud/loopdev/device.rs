@@ -44,6 +44,11 @@ impl Binding {
         PathBuf::from(format!("/sys/block/loop{}", self.number))
     }
 
+    /// Whether it is that binding of the device; always true where the kernel does not number them.
+    pub fn is(&self, seq: u64) -> bool {
+        self.diskseq.as_ref().is_none_or(|text| text.trim().parse() == Ok(seq))
+    }
+
     /// Whether this very binding has ended: unbound, or another one has its number.
     fn gone(&self) -> bool {
         backing(&self.sys()).as_deref() != Some(&self.path[..]) || diskseq(&self.sys()) != self.diskseq

@@ -13,7 +13,7 @@ use super::super::{Attachment, CloudError, CloudVolume, Survey, VmFacts};
 use super::Inner;
 use super::device::{self, Binding};
 use super::disk::{Attached, Intent, Meta, ambiguous, parse, unreachable};
-use crate::model::{Fence, VmId, VolumeId};
+use crate::model::{Disk, Fence, VmId, VolumeId};
 
 /// Metadata read before, kept as long as the file is the same one, so that a scan of a large store
 /// costs a stat a file.
@@ -104,6 +104,13 @@ impl Inner {
             mark: meta.mark,
             carries_host: self.protect.contains(&meta.id).then(|| "protected by configuration".into()),
         })
+    }
+
+    /// Whether the disk is a device that this provider bound to the volume's file. A tag alone can
+    /// be written by anybody who may bind a loop device.
+    pub(super) fn backs(&self, volume: VolumeId, disk: &Disk) -> Result<bool, CloudError> {
+        let bound = self.bindings(volume)?;
+        Ok(bound.iter().any(|b| b.ours && !b.ending && b.name() == *disk.name && b.is(disk.incarnation.diskseq)))
     }
 
     pub(super) fn find(&self, volume: VolumeId) -> Result<Option<CloudVolume>, CloudError> {

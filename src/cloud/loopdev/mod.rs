@@ -35,7 +35,7 @@ use async_trait::async_trait;
 
 use super::{About, Cloud, CloudError, CloudVolume, Label, NewVolume, Refusal, Survey, VmFacts};
 use crate::failpoint;
-use crate::model::{BootId, Fence, Mark, Slot, Timestamp, VmId, VolumeId};
+use crate::model::{BootId, Disk, Fence, Mark, Slot, Timestamp, VmId, VolumeId};
 
 mod device;
 mod disk;
@@ -191,6 +191,11 @@ impl Cloud for LoopCloud {
 
     async fn find(&self, volume: VolumeId) -> Result<Option<CloudVolume>, CloudError> {
         self.looking(move |inner| inner.find(volume)).await
+    }
+
+    async fn backs(&self, volume: VolumeId, disk: &Disk) -> Result<bool, CloudError> {
+        let disk = disk.clone();
+        self.looking(move |inner| inner.backs(volume, &disk)).await
     }
 
     async fn find_created(&self, fence: Fence) -> Result<Option<CloudVolume>, CloudError> {

@@ -213,6 +213,27 @@ async fn c12_while_it_runs_its_volumes_and_the_job_are_reserved() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn c12_destroy_is_busy_while_a_create_or_a_move_into_the_job_is_in_flight() {
+    let lab = Lab::new();
+    let engine = lab.start().await;
+    let (j, k) = (lab.job(&engine, "j").await, lab.job(&engine, "k").await);
+    let (row, _) = lab.make(&engine, k, "m").await;
+    lab.script(At::Create, Act::HoldBefore);
+    lab.script(At::Mark, Act::HoldBefore);
+    for (target, action) in
+        [(Target::Job(j), create("d", GIB)), (Target::Volume(row), Action::Move { job: job_id("j") })]
+    {
+        let going = lab.go(&engine, target, action);
+        let error = lab.run(&engine, Target::Job(j), destroy("j")).await.unwrap_err();
+        assert_eq!(error.errno(), Errno::EBUSY, "{error}");
+        lab.release(At::Create);
+        lab.release(At::Mark);
+        going.ticket.wait().await.unwrap();
+    }
+    assert_eq!(engine.world().jobs[&j].disks.len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn c12_a_cancel_or_its_callers_signal_stops_before_the_next_volume_and_a_repeat_finishes() {
     for by_signal in [false, true] {
         let lab = Lab::new();

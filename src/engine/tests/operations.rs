@@ -683,6 +683,22 @@ async fn c7_delete_looks_at_the_mark_directly_before() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn v8_attach_while_a_device_of_that_identity_is_here_already_calls_nothing() {
+    let lab = Lab::new();
+    let engine = lab.start().await;
+    let job = lab.job(&engine, "j").await;
+    let (row, v) = lab.make(&engine, job, "d").await;
+    lab.state().kernel.muted = true;
+    lab.plug(v, GIB);
+    for action in [attach(), delete(v)] {
+        let error = lab.run(&engine, on(row), action).await.unwrap_err();
+        assert!(matches!(error.errno(), Errno::EPERM | Errno::EBUSY), "{error}");
+        assert_eq!(lab.status(&engine, row), Status::Conflict);
+    }
+    assert_eq!((lab.count("cloud attach"), lab.count("cloud delete")), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
 async fn c3_attach_to_another_vm_is_remote_there_and_detached_from_there_only_when_it_is_stopped() {
     let lab = Lab::new();
     let engine = lab.start().await;

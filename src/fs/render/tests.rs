@@ -217,6 +217,9 @@ fn control_says_what_is_allowed_and_can_never_be_a_command() {
         );
         for place in [crate::command::Place::Root, crate::command::Place::Job, crate::command::Place::Volume] {
             assert!(crate::command::parse(text.as_bytes(), place).is_err());
+            for line in text.lines() {
+                assert!(crate::command::parse(line.as_bytes(), place).is_err(), "{line}");
+            }
         }
     }
     assert_eq!(verbs[0], "reconcile cancel abandon");

@@ -61,7 +61,7 @@ fn a_forgotten_jobs_name_is_free_and_its_row_is_not() {
     put(&store, vec![job_add(1, "a"), Change::JobForget { row: JobRow(1), at: at(5) }]);
     refused(&store, vec![Change::JobForget { row: JobRow(1), at: at(6) }], "job 1");
     refused(&store, vec![Change::JobHold { row: JobRow(1), hold: true, at: at(6) }], "job 1");
-    refused(&store, vec![job_add(1, "b")], "jobs.id");
+    refused(&store, vec![job_add(1, "b")], "job 1");
     put(&store, vec![job_add(2, "a")]);
     refused(&store, vec![job_add(3, "a")], "jobs.name");
     let (_store, loaded) = reloaded(&dir, store);
