@@ -172,9 +172,9 @@ fn r3_d2_32_volumes_attached_at_once_and_again_in_another_order_are_never_crosse
     let mut uuids = volfs.job("a", &names, "1M");
     let mut dice = Dice(32);
     let each = |verb: &str, uuids: &[String]| {
-        let scripts = uuids.iter().map(|u| format!("echo {verb} > $R/jobs/a/volumes/{u}/control"));
+        let scripts = uuids.iter().map(|u| format!("echo {verb} timeout=60 > $R/jobs/a/volumes/{u}/control"));
         for said in Shells::start(&volfs, scripts).finish() {
-            assert_eq!(said, (0, String::new()), "{verb}");
+            assert_eq!(said, (0, String::new()), "{verb}\n{}", volfs.log());
         }
     };
     let device = |uuid: &str| volfs.value(format!("jobs/a/volumes/{uuid}/device"));
@@ -391,4 +391,49 @@ fn model_1000_random_commands_of_16_writers_are_linearizable() {
         assert!(fs::read_link(volfs.path(format!("jobs/a/disks/{}", end.disk))).unwrap().ends_with(uuid));
         println!("{uuid}: {} writes, {} executed", mine.len(), executed.len());
     }
+}
+
+#[test]
+fn r6_disks_of_strangers_that_come_and_go_cost_no_thread_each_while_volumes_are_lost() {
+    let mut volfs = Volfs::start();
+    let names: Vec<String> = (0..12).map(|n| format!("d{n}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    volfs.job("a", &names, "1M");
+    volfs.ok("echo attach > $R/jobs/a/control");
+    volfs.kill();
+    for name in volfs.loops() {
+        volfs.ok(&format!("losetup -d /dev/{name}"));
+    }
+    volfs.ok("umount -l $R");
+    volfs.launch();
+    volfs.until("12 lost", || names.iter().all(|d| status(&volfs, "a", d) == "lost"));
+    let stranger = volfs.scratch("stranger");
+    fs::write(&stranger, vec![0; 1 << 20]).unwrap();
+    let threads = || {
+        let text = fs::read_to_string(format!("/proc/{}/status", volfs.pid())).unwrap();
+        let line = text.lines().find_map(|l| l.strip_prefix("Threads:")).unwrap();
+        line.trim().parse::<usize>().unwrap()
+    };
+    let most = Mutex::new(threads());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                for _ in 0..30 {
+                    let said = volfs.ok(&format!(
+                        "for n in 1 2 3 4; do l=$(losetup -f --show {}) && losetup -d $l; done",
+                        stranger.display()
+                    ));
+                    assert_eq!(said, "");
+                    let mut most = most.lock().unwrap();
+                    *most = (*most).max(threads());
+                }
+            });
+        }
+    });
+    let most = most.into_inner().unwrap();
+    println!("at most {most} threads");
+    assert!(most < 100, "{most} threads for 12 volumes");
+    let began = Instant::now();
+    volfs.ok("echo 'create new 1M' > $R/jobs/a/control && echo attach > $R/jobs/a/disks/new/control");
+    println!("a new volume after it: {:?}", began.elapsed());
 }
