@@ -578,8 +578,11 @@ impl Engine {
         };
         let seen = CloudVolume { size, ..seen };
         let at = (self.clock)();
-        let mut changes =
-            vec![facts(&seen, &volume.serial), Change::VolumeStatus { volume: volume.uuid, status: volume.base, at }];
+        // The status stays what the record has; its time is that of the end of this.
+        let mut changes = vec![
+            facts(&seen, &volume.serial),
+            Change::VolumeStatus { volume: volume.uuid, status: volume.recorded, at },
+        ];
         if let Some(mapping) = &mapping {
             changes.push(Change::MappingSet(mapping_row(&volume, mapping, self.host)));
         }
