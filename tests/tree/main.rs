@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod adversary;
+mod answers;
 mod bad_input;
 mod bring;
 mod commands;
