@@ -71,6 +71,7 @@ impl Engine {
             provider: self.about.name,
             snapshots: self.about.snapshots,
             can_force: self.about.can_force,
+            size_step: self.about.size_step,
         };
         let verdict = admit(&situation, action, caller);
         if verdict == Verdict::AlreadyDone
