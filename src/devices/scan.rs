@@ -1,6 +1,6 @@
 //! The disks the kernel shows now, each incarnation's identity read once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -117,8 +117,9 @@ impl Scanner {
         for name in &names {
             disks.extend(self.disk(name)?);
         }
+        let cached: HashSet<String> = self.cache.readings.lock().keys().map(|(name, _)| name.to_string()).collect();
         let mut seqs = HashMap::new();
-        for name in names {
+        for name in names.into_iter().filter(|name| cached.contains(name)) {
             if let Ok(seq) = self.sysfs.diskseq(&name) {
                 seqs.insert(name, seq);
             }
@@ -152,6 +153,10 @@ impl Scanner {
 
     fn look(&self, name: &str) -> io::Result<Look> {
         let bound = |name| Ok::<_, io::Error>(!is_loop(name) || self.sysfs.loop_bound(name)?);
+        // Most loop devices of a host that has had many are unbound: one question tells.
+        if !bound(name)? {
+            return Ok(Look::Not);
+        }
         let seq = self.sysfs.diskseq(name)?;
         let dev = self.sysfs.dev(name)?;
         if !bound(name)? || self.sysfs.hidden(name)? || self.sysfs.size(name)? == 0 {
