@@ -174,7 +174,7 @@ def parked(top):
                 # One small C-like process each: what waits is a process in write(2), as a shell is.
                 for _ in range(count // 5):
                     pids.append(subprocess.Popen(["dash", "-c", "echo attach > jobs/a/disks/d/control"], cwd=tree.mnt))
-                waiting = lambda: int(re.search(r'"joined":(\d+)', info()).group(1)) if info() else 0
+                waiting = lambda: int(re.search(r'"callers":(\d+)', info()).group(1)) if info() else 0
                 info = lambda: next((t for t in (tree.read(f"operations/{n}") for n in os.listdir(tree.path("operations"))) if '"attach"' in t and '"ended":null' in t), "")
                 deadline = time.monotonic() + 60
                 while waiting() < len(pids) and time.monotonic() < deadline:

@@ -52,8 +52,12 @@ impl Daemon {
             )
         };
         let own_state = vec![config.state_dir.clone(), config.loop_provider.dir.clone()];
-        let devices = KernelDevices::start(devices::Options { own_state, ..devices::Options::default() })
-            .map_err(|e| Problem::with("cannot watch block devices", e))?;
+        let devices = KernelDevices::start(devices::Options {
+            own_state,
+            keep_open: !config.read_only,
+            ..devices::Options::default()
+        })
+        .map_err(|e| Problem::with("cannot watch block devices", e))?;
         let boot = devices.boot();
         let cloud = LoopCloud::open(LoopOptions {
             dir: config.loop_provider.dir.clone(),

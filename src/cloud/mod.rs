@@ -149,8 +149,8 @@ pub struct About {
     /// Whether `detach` here tests for users by itself, race-free, and therefore needs volfs's own
     /// descriptors on the device closed first (kernel fact 14).
     pub detach_wants_sole_opener: bool,
-    /// Whether the cloud's size and the kernel's must be equal, or the kernel's may be larger.
-    pub exact_size: bool,
+    /// Sizes are multiples of this many bytes; what is asked for is rounded up.
+    pub size_step: u64,
 }
 
 /// The cloud. Every call looks before it acts, so each may be repeated.

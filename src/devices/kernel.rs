@@ -29,11 +29,21 @@ pub struct Options {
     pub own_state: Vec<PathBuf>,
     /// Whether to listen to uevents; without, [`Devices::changes`] stays silent.
     pub uevents: bool,
+    /// Whether a pin keeps its device open (rule D4). A daemon that only looks does not: it would be a
+    /// user in the way of the one that owns the volumes.
+    pub keep_open: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { sys: "/sys".into(), proc: "/proc".into(), dev: "/dev".into(), own_state: Vec::new(), uevents: true }
+        Options {
+            sys: "/sys".into(),
+            proc: "/proc".into(),
+            dev: "/dev".into(),
+            own_state: Vec::new(),
+            uevents: true,
+            keep_open: true,
+        }
     }
 }
 
@@ -43,6 +53,7 @@ pub struct KernelDevices {
     scanner: Arc<Scanner>,
     walker: Walker,
     own_state: Vec<PathBuf>,
+    keep_open: bool,
     changes: broadcast::Sender<DeviceChange>,
     _listener: Option<Listener>,
 }
@@ -69,7 +80,14 @@ impl KernelDevices {
         };
         let scanner = Arc::new(Scanner::new(Sysfs::new(options.sys), options.dev, boot));
         let walker = Walker::new(options.proc, Arc::clone(&scanner));
-        Ok(Arc::new(KernelDevices { scanner, walker, own_state: options.own_state, changes, _listener: listener }))
+        Ok(Arc::new(KernelDevices {
+            scanner,
+            walker,
+            own_state: options.own_state,
+            keep_open: options.keep_open,
+            changes,
+            _listener: listener,
+        }))
     }
 
     /// The processes, by pid and command name, that the last walk for holders was not permitted to
@@ -100,7 +118,7 @@ impl Devices for KernelDevices {
     }
 
     fn pin(&self, disk: &Disk) -> Result<Arc<dyn Pin>, DevicesError> {
-        Ok(Arc::new(KernelPin::new(Arc::clone(&self.scanner), disk)?))
+        Ok(Arc::new(KernelPin::new(Arc::clone(&self.scanner), disk, self.keep_open)?))
     }
 
     fn hold(&self, disk: &Disk) -> Result<Box<dyn Hold>, DevicesError> {

@@ -40,7 +40,8 @@ pub(super) struct KernelPin {
 
 #[derive(Debug)]
 struct Open {
-    /// `None` only by the failpoint `devices.no-pin`: to see that its absence is noticed.
+    /// `None` for a daemon that only looks, and by the failpoint `devices.no-pin`: to see that its
+    /// absence is noticed.
     node: Option<File>,
     /// An attribute of the disk in sysfs: ENODEV once the disk is gone (kernel fact 23).
     attribute: File,
@@ -62,7 +63,7 @@ impl Open {
 }
 
 impl KernelPin {
-    pub(super) fn new(scanner: Arc<Scanner>, disk: &Disk) -> Result<Self, DevicesError> {
+    pub(super) fn new(scanner: Arc<Scanner>, disk: &Disk, keep_open: bool) -> Result<Self, DevicesError> {
         let node = scanner.open(disk, OFlags::RDONLY).map_err(|e| match e {
             OpenError::Gone => gone(disk),
             OpenError::Failed(e) => failed("open", disk, e),
@@ -70,7 +71,7 @@ impl KernelPin {
         let dir = scanner.sysfs.disk_dir(&disk.name);
         let has_seq = scanner.sysfs.diskseq(&disk.name).map_err(|_| gone(disk))?.is_some();
         let attribute = File::open(dir.join(if has_seq { "diskseq" } else { "dev" })).map_err(|_| gone(disk))?;
-        let node = (!crate::failpoint::hit("devices.no-pin")).then_some(node);
+        let node = (keep_open && !crate::failpoint::hit("devices.no-pin")).then_some(node);
         let open = Open { node, attribute, seq: has_seq.then_some(disk.incarnation.diskseq) };
         // The attribute was opened by name, after the node: it must be the same disk's.
         if !open.alive() {

@@ -47,6 +47,8 @@ pub struct Situation<'a> {
     pub snapshots: bool,
     /// Whether the provider can pull a device from its users.
     pub can_force: bool,
+    /// Sizes are multiples of this many bytes.
+    pub size_step: u64,
 }
 
 /// What becomes of a command.
@@ -216,11 +218,13 @@ fn by_status(s: &Situation<'_>, action: &Action) -> Verdict {
 
 /// What the size or the provider says to a command that the status allows.
 fn supported(s: &Situation<'_>, action: &Action) -> Verdict {
+    // What the provider would make of it: a size that was rounded up once is equal when asked again.
+    let made = |size: u64| size.checked_next_multiple_of(s.size_step).unwrap_or(size);
     match action {
-        Action::Resize { size } if *size < s.size => {
+        Action::Resize { size } if made(*size) < s.size => {
             Verdict::Deny(Error::WouldShrink { volume: s.volume, have: s.size, asked: *size })
         }
-        Action::Resize { size } if *size == s.size => Verdict::AlreadyDone,
+        Action::Resize { size } if made(*size) == s.size => Verdict::AlreadyDone,
         Action::Snapshot { .. } | Action::Revert { .. } | Action::DeleteSnapshot { .. } if !s.snapshots => {
             Verdict::Deny(Error::Unsupported { provider: s.provider, what: action.verb().to_string() })
         }

@@ -120,7 +120,8 @@ impl Engine {
         let now: Arc<str> = value.as_str().into();
         let at = (self.clock)();
         let change = move |was: &Job| {
-            let back = Change::JobVmName { row, vm_name: was.vm_name.0.to_string(), at };
+            let (was, since) = &was.vm_name;
+            let back = Change::JobVmName { row, vm_name: was.to_string(), at: *since };
             (Change::JobVmName { row, vm_name: value, at }, back)
         };
         self.set(row, "vm_name", caller, change, move |job, at| job.vm_name = (now, at))
@@ -134,8 +135,10 @@ impl Engine {
             return self.refuse_small(Target::Job(row), Verb::Set, &caller, error);
         }
         let at = (self.clock)();
-        let change =
-            move |was: &Job| (Change::JobHold { row, hold: value, at }, Change::JobHold { row, hold: was.hold.0, at });
+        let change = move |was: &Job| {
+            let (was, since) = was.hold;
+            (Change::JobHold { row, hold: value, at }, Change::JobHold { row, hold: was, at: since })
+        };
         self.set(row, "hold", caller, change, move |job, at| job.hold = (value, at))
     }
 

@@ -22,7 +22,8 @@ use volfs::sys::{self, LoopInfo64};
 
 use super::common::{PATIENCE, Volfs};
 
-const PACE: Duration = Duration::from_millis(4);
+/// Between looks at how far the others are.
+const PACE: Duration = Duration::from_millis(1);
 const PATTERN: &[u8] = b"not one bit of this is junk";
 
 struct Victim {
@@ -38,10 +39,15 @@ struct Scene<'a> {
     volfs: &'a Volfs,
     victims: Vec<Victim>,
     junk: Vec<PathBuf>,
+    /// Whether the daemon holds what it serves.
+    pinned: bool,
     over: AtomicBool,
     reads: AtomicUsize,
+    /// The driver's, done.
+    commands: AtomicUsize,
     opened: AtomicUsize,
     raced: AtomicUsize,
+    empty: AtomicUsize,
     attached: AtomicUsize,
     detached: AtomicUsize,
     stolen: AtomicUsize,
@@ -71,13 +77,18 @@ fn tag(uuid: &str) -> String {
 impl Scene<'_> {
     fn reader(&self, seed: u64, most: usize) {
         let mut dice = Dice(seed);
-        while self.reads.fetch_add(1, SeqCst) < most && !self.over.load(SeqCst) {
+        while !(self.over.load(SeqCst) || self.reads.fetch_add(1, SeqCst) >= most && self.eventful(most)) {
             let victim = &self.victims[dice.below(self.victims.len())];
             if let Err(words) = self.look(victim, dice.below(3)) {
                 self.wrong.lock().push(words);
                 self.over.store(true, SeqCst);
             }
         }
+    }
+
+    /// Whether enough has happened for the reads to mean something.
+    fn eventful(&self, reads: usize) -> bool {
+        self.opened.load(SeqCst) > reads / 50 && self.attached.load(SeqCst) > 8 && self.detached.load(SeqCst) > 8
     }
 
     fn incarnation(&self, victim: &Victim) -> Option<String> {
@@ -101,7 +112,12 @@ impl Scene<'_> {
         let found = match sys::loop_status(file.as_fd()) {
             Ok(info) if (info.lo_device, info.lo_inode) == victim.file && info.file_name() == tag(&victim.uuid) => None,
             Ok(info) => Some(format!("inode {} tag {:?}", info.lo_inode, info.file_name())),
-            Err(e) => Some(e.to_string()),
+            // No disk at all: nothing is read or written by mistake, but with a pin it cannot be.
+            Err(e) if self.pinned => Some(e.to_string()),
+            Err(_) => {
+                self.empty.fetch_add(1, SeqCst);
+                return Ok(());
+            }
         };
         let after = self.incarnation(victim);
         let same = before.is_some() && before == after;
@@ -144,6 +160,7 @@ impl Scene<'_> {
                 // Whatever the adversary has made of it: looked at again.
                 _ => drop(self.volfs.write(&control, "reconcile")),
             }
+            self.commands.fetch_add(1, SeqCst);
         }
     }
 
@@ -198,8 +215,16 @@ impl Scene<'_> {
         let mut dice = Dice(seed);
         let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control").unwrap();
         while !self.over.load(SeqCst) {
-            // The driver needs some peace to attach anything at all.
-            std::thread::park_timeout(PACE * dice.below(20) as u32);
+            // The driver needs some peace to attach anything at all: as many of its commands, or as
+            // many reads, however long these take.
+            let (commands, reads) = (self.commands.load(SeqCst), self.reads.load(SeqCst));
+            let (some, many) = (dice.below(5), dice.below(400));
+            while self.commands.load(SeqCst) < commands + some
+                && self.reads.load(SeqCst) < reads + many
+                && !self.over.load(SeqCst)
+            {
+                std::thread::park_timeout(PACE);
+            }
             let bound = self.bound();
             let (junk, real): (Vec<_>, Vec<_>) = bound.into_iter().partition(|b| b.1);
             if let Some((name, _)) = (!real.is_empty()).then(|| &real[dice.below(real.len())])
@@ -260,10 +285,13 @@ fn play(failpoints: &str, reads: usize, at_most: Duration) -> (Volfs, Vec<String
         volfs: &volfs,
         victims,
         junk,
+        pinned: failpoints.is_empty(),
         over: AtomicBool::new(false),
         reads: AtomicUsize::new(0),
+        commands: AtomicUsize::new(0),
         opened: AtomicUsize::new(0),
         raced: AtomicUsize::new(0),
+        empty: AtomicUsize::new(0),
         attached: AtomicUsize::new(0),
         detached: AtomicUsize::new(0),
         stolen: AtomicUsize::new(0),
@@ -283,10 +311,11 @@ fn play(failpoints: &str, reads: usize, at_most: Duration) -> (Volfs, Vec<String
     scene.clear_junk();
     let of = |n: &AtomicUsize| n.load(SeqCst);
     let counts = format!(
-        "{} reads, {} opened, {} raced with a detach, {} attached, {} detached, {} devices taken over, {:?}",
+        "{} reads, {} opened, {} raced with a detach, {} were unbound, {} attached, {} detached, {} devices taken over, {:?}",
         of(&scene.reads),
         of(&scene.opened),
         of(&scene.raced),
+        of(&scene.empty),
         of(&scene.attached),
         of(&scene.detached),
         of(&scene.stolen),
@@ -295,9 +324,7 @@ fn play(failpoints: &str, reads: usize, at_most: Duration) -> (Volfs, Vec<String
     println!("{counts}");
     let wrong = std::mem::take(&mut *scene.wrong.lock());
     if wrong.is_empty() && failpoints.is_empty() {
-        assert!(of(&scene.reads) >= reads, "too slow: {counts}");
-        assert!(of(&scene.opened) > reads / 100, "hardly anything was opened: {counts}");
-        assert!(of(&scene.attached) > 5 && of(&scene.detached) > 5, "hardly anything happened: {counts}");
+        assert!(of(&scene.reads) >= reads && scene.eventful(reads), "too slow: {counts}\n{}", volfs.log());
     }
     (volfs, wrong)
 }

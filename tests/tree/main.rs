@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod adversary;
+mod answers;
 mod bad_input;
 mod bring;
 mod commands;
@@ -14,6 +15,7 @@ mod errors;
 mod events;
 mod identity;
 mod in_use;
+mod jobs;
 mod mounting;
 mod predecessor;
 mod rules;
@@ -22,6 +24,7 @@ mod shells;
 mod statuses;
 mod table;
 mod traps;
+mod verbs;
 mod waiting;
 
 use common::Volfs;

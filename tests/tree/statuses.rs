@@ -467,3 +467,25 @@ fn v1_a_failed_attach_is_no_status_and_error_says_why() {
     let error = volfs.read(format!("{}/error", dir("a", uuid))).unwrap();
     assert!(error.contains(" attach pid ") && error.contains("loop.attach.before"), "{error}");
 }
+
+#[test]
+fn v5_v8_devices_of_others_that_come_and_go_pile_up_no_looks() {
+    let volfs = Volfs::start_with(&[], QUIET);
+    let uuids = volfs.job("a", &["d0", "d1", "d2", "d3", "d4", "d5", "d6", "d7", "d8", "d9"], "1M");
+    for (n, uuid) in uuids.iter().enumerate() {
+        match n % 2 {
+            0 => say_attached_here(&volfs, uuid),
+            _ => edit_meta(&volfs, uuid, |m| m["mark"] = FOREIGN.into()),
+        }
+    }
+    assert_eq!(volfs.write("control", "reconcile"), libc::EHOSTUNREACH);
+    assert_eq!(volfs.value("jobs/a/status"), "degraded lost=5 conflict=5");
+    let other = volfs.scratch("other");
+    fs::File::create(&other).unwrap().set_len(1 << 20).unwrap();
+    let mut most = 0;
+    for _ in 0..40 {
+        drop(Bound::new("00000000-0000-4000-8000-00000000000f", &other));
+        most = most.max(fs::read_dir(format!("/proc/{}/task", volfs.pid())).unwrap().count());
+    }
+    assert!(most < 100, "{most} threads for events that concern none of its volumes");
+}

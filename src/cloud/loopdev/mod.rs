@@ -139,7 +139,7 @@ impl LoopCloud {
             can_force: false,
             snapshots: false,
             detach_wants_sole_opener: true,
-            exact_size: true,
+            size_step: work::STEP,
         };
         Ok(Arc::new(Self { about, inner: Arc::new(inner) }))
     }

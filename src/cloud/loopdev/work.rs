@@ -41,13 +41,16 @@ fn now() -> Timestamp {
     SystemTime::now().into()
 }
 
+/// A loop device's sector: sizes are multiples of it.
+pub(super) const STEP: u64 = 512;
+
 /// Sizes are whole sectors, never smaller than asked.
 fn whole_sectors(size: u64) -> Result<u64, CloudError> {
     if size == 0 {
         return Err(refused(Refusal::Other, "a volume has at least one byte"));
     }
     // The largest file offset there is.
-    size.checked_next_multiple_of(512)
+    size.checked_next_multiple_of(STEP)
         .filter(|s| i64::try_from(*s).is_ok())
         .ok_or_else(|| refused(Refusal::Capacity, format!("{size} bytes are more than a file can have")))
 }

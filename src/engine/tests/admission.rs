@@ -48,6 +48,7 @@ impl Case {
             provider: "fake",
             snapshots: true,
             can_force: true,
+            size_step: 1,
         };
         change(&mut s);
         admit(&s, action, &root())
@@ -222,6 +223,7 @@ fn force_and_expunge_are_for_root_only() {
             provider: "fake",
             snapshots: true,
             can_force: true,
+            size_step: 1,
         };
         admit(&s, &action, &caller)
     };

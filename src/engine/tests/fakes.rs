@@ -228,7 +228,7 @@ impl Lab {
             can_force: true,
             snapshots: false,
             detach_wants_sole_opener: false,
-            exact_size: true,
+            size_step: 1,
         };
         change(&mut about);
         let kernel = Kernel {
@@ -373,7 +373,7 @@ impl Lab {
         let options = Options {
             interval: Duration::from_secs(60),
             absence_gap: Duration::from_secs(10),
-            exact_size: self.inner.about.exact_size,
+            exact_size: true,
             read_only: None,
             history: 1000,
             events: 1000,

@@ -181,7 +181,12 @@ impl Play {
                 Some(Some(_)) => Status::Remote,
             };
             assert_eq!(volume.status(), truth, "seed {seed}: {volume:?}\n{}", self.lab.state().log.join("\n"));
-            assert_eq!(self.lab.recorded(volume.uuid), truth, "seed {seed}");
+            assert_eq!(
+                self.lab.recorded(volume.uuid),
+                truth,
+                "seed {seed}: {volume:?}\n{}",
+                self.lab.state().log.join("\n")
+            );
             if let Some(seen) = seen {
                 let mark = Mark { record: self.lab.record_id(), epoch: volume.epoch };
                 assert_eq!(seen.mark, Some(mark), "seed {seed}");
