@@ -36,6 +36,7 @@ pub struct Daemon {
 impl Daemon {
     /// Starts everything; when this returns, the tree answers.
     pub fn start(config: &Config) -> Result<Self, Problem> {
+        one_heap();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("volfs")
@@ -84,6 +85,7 @@ impl Daemon {
             .map_err(|e| Problem::with("the record", e))?;
         // Serving without the first look is right, too: what was not seen is `unknown` until then.
         let _ = runtime.block_on(async { tokio::time::timeout(FIRST_LOOK, engine.first_round()).await });
+        give_back_memory();
         let serving = fs::serve(
             engine.clone(),
             fs::Options {
@@ -122,6 +124,19 @@ impl Daemon {
         drop(engine);
         runtime.shutdown_timeout(WORKERS_END);
     }
+}
+
+/// One heap for all threads: the worker threads' own would each keep what a survey of thousands of
+/// volumes once needed, and nothing here allocates enough to contend for it.
+fn one_heap() {
+    // SAFETY: mallopt takes two numbers and changes the allocator's own settings, under its locks.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// Loading a large record leaves as much free memory behind as it keeps: the system gets it back.
+fn give_back_memory() {
+    // SAFETY: malloc_trim only looks at the allocator's own free lists, under its own locks.
+    unsafe { libc::malloc_trim(0) };
 }
 
 /// A record belongs to one store of volumes: another one, or an empty one below a mount point whose

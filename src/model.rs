@@ -483,7 +483,7 @@ impl fmt::Display for Holder {
 }
 
 /// Who gave a command: taken from the request that carried it, not from the open.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Caller {
     /// User id.
     pub uid: u32,

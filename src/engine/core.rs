@@ -13,7 +13,8 @@ use super::{Engine, Events, Target};
 use crate::command::{self, Action};
 use crate::error::Error;
 use crate::model::{
-    Caller, DiskName, DiskRow, Fence, JobId, JobRow, MapRow, OpId, Outcome, Timestamp, Verb, VolumeId, VolumeRow,
+    Caller, DiskName, DiskRow, Fence, JobId, JobRow, MapRow, OpId, Outcome, Status, Timestamp, Verb, VolumeId,
+    VolumeRow,
 };
 
 /// How many rows of history a volume, a job and the root show.
@@ -48,6 +49,8 @@ pub(super) struct Core {
     pub accepting: bool,
     /// Rows of the root's history.
     pub most_history: usize,
+    /// The record is being loaded: what it holds is no news.
+    pub loading: bool,
     events: Vec<(Option<JobRow>, serde_json::Value)>,
 }
 
@@ -121,6 +124,7 @@ impl Core {
             looking: HashMap::new(),
             accepting: true,
             most_history,
+            loading: false,
             events: Vec::new(),
         }
     }
@@ -163,11 +167,6 @@ impl Core {
         self.events.push((job, fields));
     }
 
-    /// Drops what was noted while the record was loaded: that is no news.
-    pub fn take_events(&mut self) {
-        self.events.clear();
-    }
-
     /// The job's name, if the job is there.
     pub fn job_name(&self, row: JobRow) -> Option<JobId> {
         self.world.jobs.get(&row).map(|j| j.id.clone())
@@ -201,7 +200,6 @@ impl Core {
 
     /// Puts a volume: indexes, times and the event of a changed status follow by themselves.
     pub fn put_volume(&mut self, mut volume: Volume, at: Timestamp) {
-        let job_name = self.job_name(volume.job).map(|j| j.to_string());
         if let Some(old) = self.world.volumes.get(&volume.row).cloned() {
             if let Some(mapping) = &old.mapping {
                 self.world.by_mapping.remove(&mapping.row);
@@ -219,6 +217,11 @@ impl Core {
             if was != is {
                 volume.times.status = at;
                 self.with_job(volume.job, at, |job| job.status_at = job.status_at.max(at));
+            }
+            // What the first look after a start confirms is no news.
+            let confirmed = old.running.is_none() && old.base == Status::Unknown && old.recorded == volume.status();
+            if was != is && !confirmed {
+                let job_name = self.job_name(volume.job).map(|j| j.to_string());
                 let fields = json!({
                     "event": "status", "job": job_name, "disk": volume.disk.as_str(), "volume": volume.uuid,
                     "from": was.as_str(), "to": is.as_str(), "why": volume.why.as_deref(),
@@ -228,7 +231,8 @@ impl Core {
                 tracing::info!(volume = %volume.uuid, disk = %volume.disk, job = job_name, from = %was, to = %is,
                     why = volume.why.as_deref(), "status");
             }
-        } else {
+        } else if !self.loading {
+            let job_name = self.job_name(volume.job).map(|j| j.to_string());
             let fields = json!({
                 "event": "owned", "job": job_name, "disk": volume.disk.as_str(), "volume": volume.uuid,
                 "status": volume.status().as_str(),
@@ -599,7 +603,9 @@ impl Core {
         }
         if let Some(owner) = row.volume.and_then(|v| self.world.by_uuid.get(&v)).copied() {
             self.with_volume(owner, at, |v| {
-                push(&mut v.history, row.clone(), HISTORY_OF_VOLUME);
+                // Few rows: a plain list is a tenth of a persistent vector's smallest chunk.
+                let kept = v.history.len().saturating_sub(HISTORY_OF_VOLUME - 1);
+                v.history = Arc::new(v.history.iter().skip(kept).chain([&row]).cloned().collect());
                 v.times.history = at;
             });
         }

@@ -104,7 +104,7 @@ impl Engine {
         ];
         Done {
             changes,
-            note: format!("volume {}", seen.id),
+            note: String::new(),
             look: (status == Status::Unknown).then_some(row),
             apply: Some(Box::new(move |core, at| {
                 core.op_volume(id, seen.id);
@@ -334,14 +334,14 @@ pub(super) fn blank(row: DiskRow, uuid: VolumeId, job: JobRow, disk: DiskName, e
         mapping: None,
         vm: None,
         device_id: None,
-        name: "".into(),
+        name: Arc::default(),
         size: 0,
-        serial: "".into(),
-        cloud_state: "".into(),
-        owner: "".into(),
+        serial: Arc::default(),
+        cloud_state: Arc::default(),
+        owner: Arc::default(),
         why: None,
         error: None,
-        history: imbl::Vector::new(),
+        history: Arc::default(),
         times: Times::default(),
     }
 }

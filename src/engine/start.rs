@@ -15,7 +15,7 @@ use super::world::{Component, Counters, Health, HistoryRow, Mapping, Times, Volu
 use super::{Engine, Events, Options};
 use crate::cloud::Cloud;
 use crate::devices::Devices;
-use crate::model::{Disk, JobId, OpId, Outcome, Status, Timestamp, Verb};
+use crate::model::{Caller, Disk, JobId, OpId, Outcome, Status, Timestamp, Verb};
 use crate::store::{DiskLoaded, Loaded, OpRow, Store, StoreError};
 
 impl Engine {
@@ -141,6 +141,8 @@ impl Core {
         host: crate::model::VmId,
         at: Timestamp,
     ) {
+        self.loading = true;
+        let mut words = Words::default();
         for job in &loaded.jobs {
             let mut made = new_job(job.row, job.id.clone(), job.created);
             made.vm_name = (job.vm_name.as_str().into(), job.vm_name_at);
@@ -148,7 +150,7 @@ impl Core {
             self.put_job(made, job.created);
         }
         for disk in &loaded.disks {
-            let volume = from_record(disk, disks, devices, host, self.world.record);
+            let volume = from_record(disk, disks, devices, host, self.world.record, &mut words);
             if let Some(vm) = disk.mapping.as_ref().map(|m| m.vm).filter(|vm| *vm != host) {
                 self.watch(vm);
             }
@@ -173,8 +175,16 @@ impl Core {
         }
         self.volume_rows = loaded.volume_rows.iter().copied().collect::<HashMap<_, _>>();
         self.loose = loaded.loose.iter().copied().collect();
+        let mut callers: HashMap<Caller, Arc<Caller>> = HashMap::new();
         for (op, job) in &loaded.history {
-            if let Some(row) = history_row(op, job.clone()) {
+            if let Some(mut row) = history_row(op, job.clone()) {
+                // One copy of what many rows repeat.
+                row.caller = callers.entry(op.caller.clone()).or_insert(row.caller).clone();
+                if let Some(named) =
+                    op.job.and_then(|row| self.world.jobs.get(&row)).filter(|j| Some(&j.id) == row.job.as_ref())
+                {
+                    row.job = Some(named.id.clone());
+                }
                 let ended = row.at;
                 let job = op.job.filter(|row| self.world.jobs.contains_key(row));
                 self.add_history(row, job, ended);
@@ -188,7 +198,7 @@ impl Core {
         let made = self.world.jobs.values().map(|j| j.created.max(j.listed_at));
         let here = self.world.volumes.values().map(|v| v.times.device.max(v.times.owned));
         self.world.listed_at = acted.chain(made).chain(here).max().unwrap_or(at);
-        self.take_events();
+        self.loading = false;
     }
 }
 
@@ -212,6 +222,24 @@ fn history_row(op: &OpRow, job: Option<JobId>) -> Option<HistoryRow> {
     })
 }
 
+/// Texts that thousands of volumes share, each kept once.
+#[derive(Default)]
+struct Words(Vec<Arc<str>>);
+
+impl Words {
+    fn one(&mut self, text: &str) -> Arc<str> {
+        if let Some(known) = self.0.iter().find(|w| ***w == *text) {
+            return known.clone();
+        }
+        let new: Arc<str> = text.into();
+        // A serial is a volume's own: what few share is short.
+        if text.len() < 16 || text.contains(' ') {
+            self.0.push(new.clone());
+        }
+        new
+    }
+}
+
 /// A volume as the record has it, believed only as far as the kernel confirms it (rows V3, V7).
 fn from_record(
     loaded: &DiskLoaded,
@@ -219,17 +247,18 @@ fn from_record(
     devices: &dyn Devices,
     host: crate::model::VmId,
     record: crate::model::RecordId,
+    words: &mut Words,
 ) -> Volume {
     let mut volume = blank(loaded.row, loaded.volume, loaded.job, loaded.disk.clone(), loaded.epoch, Status::Unknown);
     volume.recorded = loaded.status;
     volume.name = loaded.name.as_str().into();
     volume.size = loaded.size;
-    volume.serial = loaded.serial.as_str().into();
-    volume.cloud_state = loaded.cloud_state.as_str().into();
+    volume.serial = words.one(&loaded.serial);
+    volume.cloud_state = words.one(&loaded.cloud_state);
     volume.device_id = loaded.device_id;
     volume.owner = crate::model::Mark { record, epoch: loaded.epoch }.to_string().into();
     volume.vm = loaded.mapping.as_ref().map(|m| m.vm);
-    volume.why = Some("volfs has just started, and has not looked yet".into());
+    volume.why = Some(words.one("volfs has just started, and has not looked yet"));
     volume.times = Times {
         owned: loaded.at,
         status: loaded.status_at,

@@ -146,7 +146,7 @@ pub struct Volume {
     /// `error`.
     pub error: Option<Arc<ErrorText>>,
     /// What was done to it, oldest first, bounded.
-    pub history: Vector<Arc<HistoryRow>>,
+    pub history: Arc<Vec<Arc<HistoryRow>>>,
     /// When the ownership began, the status, the device, and the facts last changed.
     pub times: Times,
 }

@@ -136,7 +136,7 @@ pub fn add_volume(world: &mut World, row: i64, job: i64, name: &str, uuid: Volum
         owner: "".into(),
         why: None,
         error: None,
-        history: Vector::new(),
+        history: Arc::default(),
         times: Times { owned: at(2), status: at(2), device: at(2), facts: at(2), error: at(2), history: at(2) },
     };
     edit_job(world, job, |j| {

@@ -313,8 +313,17 @@ pub fn list(view: &View<'_>, dir: Node) -> Result<Vec<Entry>, Errno> {
         }
         Node::Job(row, JobFile::Disks) => view.job(row)?.disks.keys().map(DiskName::to_string).collect(),
         Node::Job(row, JobFile::Volumes) => {
-            let volumes = view.job(row)?.disks.values().filter_map(|r| view.volume(*r).ok());
-            volumes.map(|v| v.uuid.to_string()).collect()
+            let rows = view.job(row)?.disks.values();
+            let mut ids: Vec<(VolumeId, DiskRow)> =
+                rows.filter_map(|r| view.volume(*r).ok().map(|v| (v.uuid, *r))).collect();
+            // Sorted as numbers, which is the order of their texts.
+            ids.sort_unstable();
+            let volume = |(id, row): (VolumeId, DiskRow)| Entry {
+                name: id.to_string(),
+                node: Node::Volume(row, VolumeFile::Dir),
+            };
+            entries.extend(ids.into_iter().map(volume));
+            return Ok(entries);
         }
         Node::Volume(row, VolumeFile::Dir) => {
             view.volume(row)?;

@@ -173,7 +173,7 @@ fn problems_names_what_is_not_in_order_and_is_a_header_when_all_is() {
         edit(&mut w, row, |v| v.base = status);
     }
     edit(&mut w, 13, |v| v.why = Some("two devices".into()));
-    edit(&mut w, 12, |v| v.history.push_back(Arc::new(history_row(Verb::Delete, Outcome::Interrupted))));
+    edit(&mut w, 12, |v| v.history = Arc::new(vec![Arc::new(history_row(Verb::Delete, Outcome::Interrupted))]));
     edit_job(&mut w, 2, |j| {
         j.error = failure(Error::Several { lines: vec![(disk("a"), Error::Stale), (disk("b"), Error::Stale)] })
     });
@@ -236,7 +236,7 @@ fn info_json_holds_everything_and_the_operations_step() {
         v.running = Some(Running { op: OpId(7), verb: Verb::Resize, withdrawn: false });
         v.name = "quo\"te\n".into();
         v.error = failure(Error::Stale);
-        v.history.push_back(Arc::new(history_row(Verb::Attach, Outcome::Done)));
+        v.history = Arc::new(vec![Arc::new(history_row(Verb::Attach, Outcome::Done))]);
     });
     let text = of(w.clone(), &v1("info.json"));
     assert_eq!(text.matches('\n').count(), 1, "one line");

@@ -314,6 +314,8 @@ pub(super) fn connect(db: &Path) -> Result<Connection, StoreError> {
     if mode != "wal" {
         return Err(StoreError::Failed { words: format!("PRAGMA journal_mode stayed {mode}") });
     }
+    // KiB, negative by SQLite's convention: what is written is small, and reads are answered from memory.
+    set(&conn, "cache_size", -512)?;
     set(&conn, "synchronous", 2)?;
     set(&conn, "foreign_keys", 1)?;
     set(&conn, "trusted_schema", 0)?;
