@@ -8,10 +8,12 @@
 //! It knows traits only: [`Store`], [`Cloud`], [`Devices`], and a clock. Its one lock guards memory
 //! work and is never held over an await, a commit or a callback. Every method here returns at once.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use futures_util::FutureExt;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -477,7 +479,11 @@ fn done_later(
 ) -> Submitted {
     let ticket = Ticket::default();
     let answer = ticket.clone();
-    runtime.spawn(async move { answer.complete(work.await) });
+    runtime.spawn(async move {
+        let outcome = AssertUnwindSafe(work).catch_unwind().await;
+        let defect = || Err(Error::Internal { what: "a defect in volfs stopped the command: see the log".into() });
+        answer.complete(outcome.unwrap_or_else(|_| defect()));
+    });
     Submitted { ticket, deadline: None, op: None }
 }
 

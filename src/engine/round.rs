@@ -3,9 +3,11 @@
 //! Nothing here starts anything that takes away (rule R10): it looks, records and publishes.
 
 use std::collections::{BTreeSet, HashMap};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::time::Instant;
 
 use super::Engine;
@@ -380,8 +382,18 @@ impl Engine {
     /// Rounds at start, when asked, and every interval; ends when the engine shuts down.
     pub(super) async fn rounds(self: Arc<Self>) {
         loop {
-            if let Err(error) = self.round().await {
-                tracing::warn!("reconcile round: {error}");
+            // A defect in one round ends neither the daemon nor reconciling: `health` says that there was one.
+            match AssertUnwindSafe(self.round()).catch_unwind().await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!("reconcile round: {error}"),
+                Err(_) => {
+                    tracing::error!("reconcile round: a defect stopped it");
+                    self.publish(|core, at| {
+                        core.world.health.reconciler =
+                            Component::Degraded("a defect stopped a round: see the log".into());
+                        core.world.health.at = at;
+                    });
+                }
             }
             self.rounds_ended.send_modify(|ended| *ended += 1);
             let second_look = self.core.lock().absent.values().min().copied();

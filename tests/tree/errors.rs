@@ -302,6 +302,9 @@ fn e7_erofs_is_every_change_through_a_read_only_start_beside_the_daemon() {
 
 #[test]
 fn e8_etimedout_and_eintr_end_the_wait_and_not_the_operation() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let mut volfs = Volfs::prepare(&[], "");
     let gate = volfs.scratch("gate");
     volfs.set_env(&[("VOLFS_FAILPOINTS", &format!("attach.before-call=wait:{}", gate.display()))]);

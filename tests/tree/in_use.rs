@@ -227,6 +227,9 @@ fn in_use_by_another_loop_device() {
 
 #[test]
 fn in_use_by_an_nbd_client_through_exports() {
+    if !crate::common::have(&["nbdcopy", "nbdkit"]) {
+        return;
+    }
     let volfs = one_attached();
     let socket = volfs.scratch("nbd.sock");
     let mut command = Command::new("nbdkit");

@@ -575,6 +575,9 @@ fn r3_which_says_where_each_volume_is() {
 
 #[test]
 fn r3_the_export_script_serves_what_is_attached_and_nothing_else() {
+    if !crate::common::have(&["nbdcopy", "nbdkit"]) {
+        return;
+    }
     let volfs = Volfs::start_with(&[], QUIET);
     let uuids = volfs.job("a", &["d", "e"], "1M");
     volfs.ok(

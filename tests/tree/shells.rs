@@ -102,6 +102,9 @@ fn r2_the_write_is_the_command_and_its_exit_status_the_outcome_in_every_shell() 
 
 #[test]
 fn r2_every_way_to_write_one_line_is_one_command() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let volfs = Volfs::start();
     two_disks(&volfs);
     // Each command is a rename, so that doing it twice, or not at all, shows.
@@ -150,6 +153,9 @@ fn r2_every_way_to_write_one_line_is_one_command() {
 
 #[test]
 fn r2_two_lines_in_one_write_are_no_command_and_two_writes_are_two() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let volfs = Volfs::start();
     let (_, off) = two_disks(&volfs);
     let before = everything(&volfs);
@@ -192,6 +198,9 @@ fn r2_writing_nothing_does_nothing_and_succeeds() {
 
 #[test]
 fn r5_generic_file_commands_change_nothing() {
+    if !crate::common::have(&["/usr/bin/python3", "rsync"]) {
+        return;
+    }
     let volfs = Volfs::start();
     let (on, off) = two_disks(&volfs);
     volfs.job("other", &["d"], "1M");
@@ -298,6 +307,9 @@ fn r5_generic_file_commands_change_nothing() {
 
 #[test]
 fn r5_the_refusals_of_the_namespace_are_eperm_and_eacces() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let volfs = Volfs::start();
     let (on, _) = two_disks(&volfs);
     let at = |below: &str| volfs.path(format!("jobs/a/volumes/{on}/{below}"));
@@ -414,6 +426,9 @@ fn e6_modes_and_owners_are_those_of_the_page() {
 
 #[test]
 fn e6_a_stranger_reads_and_does_nothing() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let volfs = with_group();
     let (on, off) = two_disks(&volfs);
     let before = everything(&volfs);
@@ -449,6 +464,9 @@ fn e6_a_stranger_reads_and_does_nothing() {
 
 #[test]
 fn e6_the_group_commands_and_root_alone_does_what_is_rooted() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let volfs = with_group();
     let (on, off) = two_disks(&volfs);
     let as_group = |file: &str, text: &str| volfs.write_as(NOBODY, NOBODY, file, text);
@@ -497,6 +515,9 @@ fn e6_the_group_commands_and_root_alone_does_what_is_rooted() {
 
 #[test]
 fn r7_extended_attributes_locks_and_other_questions_are_answered_plainly() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let volfs = Volfs::start();
     two_disks(&volfs);
     let script = "import os,sys,mmap,fcntl\nR=os.environ['R']\np=R+'/jobs/a/disks/on/status'\n\

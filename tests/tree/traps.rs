@@ -65,6 +65,9 @@ impl Nbd {
 
 #[test]
 fn trap_no_way_to_a_block_file_leads_to_the_old_device_number() {
+    if !crate::common::have(&["nbdcopy", "nbdkit"]) {
+        return;
+    }
     let volfs = Volfs::start();
     let uuid = volfs.job("a", &["d"], "2M").remove(0);
     let block = volfs.path("jobs/a/disks/d/block");
@@ -163,6 +166,9 @@ fn r4_trap_a_control_opened_before_a_move_does_nothing() {
 
 #[test]
 fn trap_a_background_child_that_ends_does_not_end_the_write() {
+    if !crate::common::have(&["busybox"]) {
+        return;
+    }
     let (volfs, gate) = held_at("attach.before-call");
     volfs.job("a", &["d"], "1M");
     for shell in SHELLS {
@@ -259,6 +265,9 @@ fn trap_what_control_reads_is_no_command_when_an_editor_writes_it_back() {
 
 #[test]
 fn trap_control_can_be_copied_and_its_copy_is_what_it_reads() {
+    if !crate::common::have(&["busybox"]) {
+        return;
+    }
     let volfs = Volfs::start();
     volfs.job("a", &["d"], "1M");
     let before = deeds(&volfs);
@@ -370,6 +379,9 @@ fn r3_trap_test_e_of_block_tells_whether_there_is_a_device() {
 
 #[test]
 fn r7_trap_ls_l_runs_nothing_and_shows_the_device_by_number() {
+    if !crate::common::have(&["busybox"]) {
+        return;
+    }
     let volfs = Volfs::start();
     volfs.job("a", &["d"], "1M");
     volfs.ok("echo attach > $R/jobs/a/control");
@@ -398,6 +410,9 @@ except OSError as e:
 
 #[test]
 fn trap_pythons_second_write_after_a_failure_does_no_harm() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let volfs = Volfs::start();
     volfs.job("a", &["d"], "1M");
     volfs.ok("echo attach > $R/jobs/a/control");

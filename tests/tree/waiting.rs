@@ -296,6 +296,9 @@ os._exit(0)
 
 #[test]
 fn wait_blocked_signals_end_nothing() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let (volfs, gate) = held_at("attach.before-call");
     volfs.job("a", &["d"], "4M");
     let mut kid = Kid::python(&volfs, BLOCKED);
@@ -338,6 +341,9 @@ os._exit(0 if os.write(f, b"attach\n") == 7 else 1)
 
 #[test]
 fn wait_python_writes_again_after_a_caught_signal_and_joins() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let (volfs, gate) = held_at("attach.before-call");
     volfs.job("a", &["d"], "4M");
     let mut kid = Kid::python(&volfs, RETRIES);
@@ -529,6 +535,9 @@ if told(0): sys.exit("told twice")
 
 #[test]
 fn wait_select_wakes_on_a_change_of_status() {
+    if !crate::common::have(&["/usr/bin/python3"]) {
+        return;
+    }
     let (volfs, _gate) = held_at("attach.before-call");
     volfs.job("a", &["d"], "4M");
     let mut kid = Kid::python(&volfs, SELECT);
