@@ -22,24 +22,28 @@ pub struct Shells;
 
 type Shell = &'static [&'static str];
 
+fn shells() -> &'static [Shell] {
+    static HERE: LazyLock<Vec<Shell>> = LazyLock::new(|| {
+        let all: [Shell; 3] = [&["bash"], &["dash"], &["busybox", "sh"]];
+        all.into_iter().filter(|shell| have(&shell[..1])).collect()
+    });
+    &HERE
+}
+
 impl std::ops::Deref for Shells {
     type Target = [Shell];
 
     fn deref(&self) -> &[Shell] {
-        static HERE: LazyLock<Vec<Shell>> = LazyLock::new(|| {
-            let all: [Shell; 3] = [&["bash"], &["dash"], &["busybox", "sh"]];
-            all.into_iter().filter(|shell| have(&shell[..1])).collect()
-        });
-        &HERE
+        shells()
     }
 }
 
 impl IntoIterator for Shells {
     type Item = Shell;
-    type IntoIter = std::vec::IntoIter<Shell>;
+    type IntoIter = std::iter::Copied<std::slice::Iter<'static, Shell>>;
 
     fn into_iter(self) -> Self::IntoIter {
-        self.to_vec().into_iter()
+        shells().iter().copied()
     }
 }
 
