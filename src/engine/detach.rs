@@ -177,7 +177,8 @@ impl Engine {
         }
         self.step(live, "the cloud detaches it")?;
         failpoint::reach("detach.before-call").await;
-        let answer = self.patiently(what, Some(volume.uuid), || self.cloud.detach(volume.uuid, vm, force)).await;
+        let call = self.call(live);
+        let answer = self.patiently(what, Some(volume.uuid), || self.cloud.detach(&call, volume.uuid, vm, force)).await;
         failpoint::reach("detach.after-call").await;
         match answer {
             Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {

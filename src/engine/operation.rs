@@ -20,7 +20,7 @@ use futures_util::FutureExt;
 use super::Engine;
 use super::core::{Core, Live};
 use super::world::{Component, Running, Volume};
-use crate::cloud::{CloudError, CloudVolume, Refusal};
+use crate::cloud::{Call, CloudError, CloudVolume, Refusal};
 use crate::command::{self, Action};
 use crate::devices::{DeviceChange, Devices, DevicesError};
 use crate::error::Error;
@@ -359,6 +359,16 @@ impl Engine {
         }
         self.publish(|core, _| core.step(live.id, step));
         Ok(())
+    }
+
+    /// What goes with an operation's calls of the cloud.
+    pub(super) fn call(&self, live: &Live) -> Call {
+        let (engine, id) = (self.me.clone(), live.id);
+        Call::new(live.fence, move |words| {
+            if let Some(engine) = engine.upgrade() {
+                engine.publish(|core, _| core.step(id, words));
+            }
+        })
     }
 
     /// The volume an operation is on.

@@ -38,16 +38,16 @@ impl Engine {
         let label =
             Label { mark: Mark { record: self.record, epoch: live.epoch }, job: job.clone(), disk: disk.clone() };
         let new = NewVolume {
-            fence: live.fence,
             size: *size,
             name: name.clone().unwrap_or_else(|| format!("{job}-{disk}")),
             offering: offering.clone(),
             zone: zone.clone(),
             label,
         };
+        let call = self.call(live);
         self.step(live, "the cloud creates it")?;
         failpoint::reach("create.before-call").await;
-        let made = match self.patiently(&what, None, || self.cloud.create(&new)).await {
+        let made = match self.patiently(&what, None, || self.cloud.create(&call, &new)).await {
             Ok(made) => made,
             Err(fail) if fail.ambiguous => self.made_after_all(live, fail).await?,
             Err(fail) => return Err(fail),
@@ -165,7 +165,7 @@ impl Engine {
         let label = Label { mark, job, disk: disk.clone() };
         self.step(live, "put our mark on it")?;
         failpoint::reach("claim.before-mark").await;
-        self.set_mark(&what, volume, seen.mark, Some(&label)).await?;
+        self.set_mark(live, &what, volume, seen.mark, Some(&label)).await?;
         failpoint::reach("claim.after-mark").await;
         let seen = CloudVolume { mark: Some(mark), carries_host: None, ..seen };
         Ok(self.owning(live, row, disk, seen, Status::Unknown))
@@ -174,12 +174,14 @@ impl Engine {
     /// Sets or clears a mark as compare-and-set; an unclear answer is settled by looking.
     async fn set_mark(
         &self,
+        live: &Live,
         what: &str,
         volume: VolumeId,
         expect: Option<Mark>,
         new: Option<&Label>,
     ) -> Result<(), Fail> {
-        let answer = retrying(what, || self.cloud.exchange_mark(volume, expect, new)).await;
+        let call = self.call(live);
+        let answer = retrying(what, || self.cloud.exchange_mark(&call, volume, expect, new)).await;
         match answer {
             Ok(()) => Ok(()),
             Err(CloudError::Refused { why: Refusal::Mark(found), .. }) if found == new.map(|l| l.mark) => Ok(()),
@@ -214,7 +216,7 @@ impl Engine {
                 }
                 self.step(live, "clear our mark")?;
                 failpoint::reach("release.before-mark").await;
-                self.set_mark(&what, volume.uuid, Some(self.mark(&volume)), None).await?;
+                self.set_mark(live, &what, volume.uuid, Some(self.mark(&volume)), None).await?;
                 failpoint::reach("release.after-mark").await;
                 ""
             }
@@ -260,7 +262,7 @@ impl Engine {
             let label = Label { mark, job: to.clone(), disk: volume.disk.clone() };
             self.step(live, "put the new mark on it")?;
             failpoint::reach("move.before-mark").await;
-            self.set_mark(&what, volume.uuid, Some(self.mark(&volume)), Some(&label)).await?;
+            self.set_mark(live, &what, volume.uuid, Some(self.mark(&volume)), Some(&label)).await?;
             failpoint::reach("move.after-mark").await;
         }
         Ok(self.moved(live, &volume, target))
@@ -307,7 +309,7 @@ impl Engine {
             self.step(live, "tell the cloud the disk's name")?;
             let mark = self.mark(&volume);
             let label = Label { mark, job, disk: to.clone() };
-            self.set_mark(&what, volume.uuid, Some(mark), Some(&label)).await?;
+            self.set_mark(live, &what, volume.uuid, Some(mark), Some(&label)).await?;
         }
         let at = (self.clock)();
         let to = to.clone();

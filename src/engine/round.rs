@@ -285,7 +285,8 @@ impl Engine {
         let _one_at_a_time = self.rounds.lock().await;
         let world = self.world();
         let looked = Instant::now();
-        let survey = Survey { volumes: Vec::new(), vms: vec![self.host], record: Some(self.record) };
+        let survey =
+            Survey { volumes: Vec::new(), vms: vec![self.host], record: Some(self.record), fences: Vec::new() };
         let mut answer = self.cloud.survey(&survey).await;
         let mut unseen = BTreeSet::new();
         if let Ok(volumes) = &mut answer {

@@ -178,9 +178,10 @@ impl Engine {
                 return Err(Fail::clean(Error::VmNotReady { vm, why: "has a root disk already: detach that first" }));
             }
         }
+        let call = self.call(live);
         self.step(live, "the cloud attaches it")?;
         failpoint::reach("attach.before-call").await;
-        let answer = self.patiently(what, Some(volume.uuid), || self.cloud.attach(volume.uuid, vm, slot)).await;
+        let answer = self.patiently(what, Some(volume.uuid), || self.cloud.attach(&call, volume.uuid, vm, slot)).await;
         failpoint::reach("attach.after-call").await;
         match answer {
             Ok(()) => Ok(()),
@@ -296,7 +297,7 @@ impl Engine {
             return Err(Fail::ambiguous(error));
         }
         self.step(live, "the cloud gave another device id: detach again")?;
-        match self.cloud.detach(volume.uuid, at.vm, false).await {
+        match self.cloud.detach(&self.call(live), volume.uuid, at.vm, false).await {
             Ok(()) => Err(Fail::clean(error)),
             Err(e) => Err(Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error)),
         }
@@ -351,10 +352,11 @@ impl Engine {
         }
         self.step(live, "the cloud resizes it")?;
         failpoint::reach("resize.before-call").await;
+        let call = self.call(live);
         // It has that size already: nothing to call, which is also all that recovery ever does here.
         let size = match size == seen.size {
             true => size,
-            false => self.patiently(&what, Some(volume.uuid), || self.cloud.resize(volume.uuid, size)).await?,
+            false => self.patiently(&what, Some(volume.uuid), || self.cloud.resize(&call, volume.uuid, size)).await?,
         };
         failpoint::reach("resize.after-call").await;
         let mapping = match &volume.mapping {
@@ -441,8 +443,9 @@ impl Engine {
             }
             self.step(live, "the cloud deletes it")?;
             failpoint::reach("delete.before-call").await;
-            let until = match self.patiently(&what, Some(volume.uuid), || self.cloud.delete(volume.uuid, expunge)).await
-            {
+            let call = self.call(live);
+            let deleting = self.patiently(&what, Some(volume.uuid), || self.cloud.delete(&call, volume.uuid, expunge));
+            let until = match deleting.await {
                 Ok(until) => until,
                 Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {
                     Ok(None) if self.sees_us().await => None,
