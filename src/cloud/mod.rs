@@ -60,6 +60,8 @@ pub enum Refusal {
     Mark(Option<Mark>),
     /// It passes by itself: try again.
     Passing,
+    /// It carries this host, or is protected by configuration; the words say which.
+    Protected,
     /// Anything else.
     Other,
 }
