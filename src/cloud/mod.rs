@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Disk, DiskName, Fence, JobId, Mark, RecordId, Slot, Timestamp, VmId, VolumeId};
 
+pub mod cloudstack;
 pub mod loopdev;
 
 /// What a failed call means. The kind, not the words, decides what the engine does.
