@@ -10,6 +10,7 @@ use crate::model::{
 };
 
 mod call;
+pub mod cloudstack;
 pub mod loopdev;
 
 pub use call::Call;
