@@ -5,6 +5,7 @@ use super::Target;
 use super::admission::{Situation, Verdict, admit};
 use super::core::Core;
 use super::jobs::in_flight;
+use super::snapshots::by_name;
 use crate::command::{self, Action};
 use crate::error::Error;
 use crate::model::{Caller, DiskRow, JobRow, OpId, Verb};
@@ -28,7 +29,7 @@ impl Engine {
         }
     }
 
-    fn decide_volume(
+    pub(super) fn decide_volume(
         &self,
         core: &Core,
         row: DiskRow,
@@ -96,6 +97,11 @@ impl Engine {
                     None => verdict,
                 },
             },
+            Action::Snapshot { .. }
+            | Action::Revert { .. }
+            | Action::DeleteSnapshot { .. }
+            | Action::Delete { .. }
+            | Action::Release { .. } => by_name(volume, action),
             Action::Disk { name } if job.disks.contains_key(name) || job.creating.contains_key(name) => {
                 Verdict::Deny(Error::DiskExists { job: job.id.clone(), disk: name.clone() })
             }
@@ -170,6 +176,7 @@ impl Engine {
             {
                 Verdict::Deny(Error::Unsupported { provider: self.about.name, what: action.verb().to_string() })
             }
+            Action::Snapshot { .. } | Action::Revert { .. } => self.decide_set(core, job, action, caller),
             Action::Move { job: to } => match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
                 None => Verdict::Deny(Error::NoSuchJob { job: to.clone() }),
                 Some(there) if there.row == row => Verdict::AlreadyDone,

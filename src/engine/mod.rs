@@ -38,6 +38,7 @@ mod ownership;
 mod reconcile;
 mod recovery;
 mod round;
+mod snapshots;
 mod start;
 #[cfg(test)]
 mod tests;

@@ -77,8 +77,8 @@ pub(super) async fn changed(changes: &mut tokio::sync::broadcast::Receiver<Devic
 }
 
 /// First and longest pause before a passing refusal is tried again.
-const PASSING_FIRST: Duration = Duration::from_millis(250);
-const PASSING_LONGEST: Duration = Duration::from_secs(10);
+pub(super) const PASSING_FIRST: Duration = Duration::from_millis(250);
+pub(super) const PASSING_LONGEST: Duration = Duration::from_secs(10);
 /// How long a passing refusal is retried in all.
 const PASSING_IN_ALL: Duration = Duration::from_secs(300);
 
@@ -218,6 +218,7 @@ impl Engine {
         if let Some(row) = look.or(late) {
             self.look_at(row).await;
         }
+        self.after_snapshots(&live);
         live.ticket.complete(Ok(()));
     }
 
@@ -304,6 +305,7 @@ impl Engine {
         if let Some(row) = volume {
             self.look_at(row).await;
         }
+        self.after_snapshots(&live);
         live.ticket.complete(Err(error));
     }
 
@@ -337,6 +339,13 @@ impl Engine {
             (super::Target::Volume(row), Action::Attach { vm, slot }) => self.attach(live, row, *vm, *slot).await,
             (super::Target::Volume(row), Action::Detach { vm, force }) => self.detach(live, row, *vm, *force).await,
             (super::Target::Volume(row), Action::Resize { size }) => self.resize(live, row, *size).await,
+            (super::Target::Volume(row), Action::Snapshot { name, crash }) => {
+                self.snapshot(live, row, name, *crash).await
+            }
+            (super::Target::Volume(row), Action::Revert { name }) => self.revert(live, row, name).await,
+            (super::Target::Volume(row), Action::DeleteSnapshot { name }) => {
+                self.delete_snapshot(live, row, name).await
+            }
             (super::Target::Volume(row), Action::Delete { expunge, .. }) => self.delete(live, row, *expunge).await,
             (super::Target::Volume(row), Action::Release { .. }) => self.release(live, row).await,
             (super::Target::Volume(row), Action::Move { job }) => self.move_volume(live, row, job).await,

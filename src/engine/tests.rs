@@ -10,3 +10,4 @@ mod ownership;
 
 mod recovery;
 mod settle;
+mod snapshots;

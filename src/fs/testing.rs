@@ -79,6 +79,8 @@ pub fn empty_world() -> World {
         by_uuid: OrdMap::new(),
         by_mapping: OrdMap::new(),
         by_device: OrdMap::new(),
+        snapshots: OrdMap::new(),
+        foreign_snapshots: OrdMap::new(),
         operations: OrdMap::new(),
         unclaimed: OrdMap::new(),
         vms: OrdMap::new(),
@@ -134,10 +136,19 @@ pub fn add_volume(world: &mut World, row: i64, job: i64, name: &str, uuid: Volum
         serial: "".into(),
         cloud_state: "Ready".into(),
         owner: "".into(),
+        snapshots: Snapshots::default(),
         why: None,
         error: None,
         history: Arc::default(),
-        times: Times { owned: at(2), status: at(2), device: at(2), facts: at(2), error: at(2), history: at(2) },
+        times: Times {
+            owned: at(2),
+            status: at(2),
+            device: at(2),
+            facts: at(2),
+            error: at(2),
+            history: at(2),
+            snapshots: at(2),
+        },
     };
     edit_job(world, job, |j| {
         j.disks.insert(disk(name), DiskRow(row));
