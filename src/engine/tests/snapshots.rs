@@ -256,6 +256,20 @@ async fn an_unclear_answer_is_not_settled_while_the_clouds_job_runs_or_the_cloud
 }
 
 #[tokio::test(start_paused = true)]
+async fn looks_before_the_clouds_job_came_to_light_do_not_count() {
+    let s = scene().await;
+    s.lab.script(At::Snapshot, Act::Ambiguous);
+    let going = s.lab.go(&s.engine, Target::Volume(s.row), snapshot("s"));
+    tokio::time::sleep(Duration::from_secs(40)).await;
+    s.lab.state().sky.running = Some("job 7".into());
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    s.lab.state().sky.running = None;
+    tokio::time::sleep(Duration::from_secs(40)).await;
+    assert_eq!(going.ticket.outcome(), None);
+    assert_eq!(going.ticket.wait().await.unwrap_err().errno(), Errno::EHOSTUNREACH);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_snapshot_that_is_not_complete_is_ours_and_the_operation_failed() {
     let s = scene().await;
     s.lab.state().sky.unready = true;
