@@ -18,6 +18,8 @@ use imbl::{OrdMap, OrdSet};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, Semaphore, broadcast};
 
+pub use sky::{delete_snapshot, revert, snapshot};
+
 use super::super::world::World;
 use super::super::{Engine, Options, Target};
 use crate::cloud::{
@@ -566,26 +568,6 @@ impl Lab {
         self.state().sky.volumes.get_mut(&volume).unwrap().mark = mark;
     }
 
-    /// A snapshot that somebody else took.
-    pub fn foreign_snapshot(&self, volume: VolumeId, name: &str) -> SnapshotId {
-        let snapshot = CloudSnapshot {
-            id: SnapshotId::random(),
-            name: name.into(),
-            state: "BackedUp".into(),
-            ready: true,
-            size: GIB,
-            created: Some(Timestamp(5)),
-        };
-        let id = snapshot.id;
-        self.state().sky.snapshots.entry(volume).or_default().push(snapshot);
-        id
-    }
-
-    /// The ids of a volume's snapshots in the cloud.
-    pub fn snapshots_of(&self, volume: VolumeId) -> Vec<SnapshotId> {
-        self.state().sky.snapshots.get(&volume).map_or(Vec::new(), |all| all.iter().map(|s| s.id).collect())
-    }
-
     pub fn cloud_of(&self, volume: VolumeId) -> Option<CloudVolume> {
         self.state().sky.volumes.get(&volume).cloned()
     }
@@ -636,18 +618,6 @@ pub fn attach() -> Action {
 
 pub fn detach() -> Action {
     Action::Detach { vm: None, force: false }
-}
-
-pub fn snapshot(name: &str) -> Action {
-    Action::Snapshot { name: SnapshotName::parse(name).unwrap(), crash: false }
-}
-
-pub fn revert(name: &str) -> Action {
-    Action::Revert { name: SnapshotName::parse(name).unwrap() }
-}
-
-pub fn delete_snapshot(name: &str) -> Action {
-    Action::DeleteSnapshot { name: SnapshotName::parse(name).unwrap() }
 }
 
 pub fn delete(volume: VolumeId) -> Action {

@@ -171,6 +171,23 @@ async fn c6_a_set_is_not_begun_where_a_volume_has_the_name_or_is_not_here() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn c6_a_name_is_taken_and_one_is_missing_whether_or_not_the_volume_can_be_told() {
+    let s = set().await;
+    s.on(1, snapshot("s")).await.unwrap();
+    s.lab.kill();
+    s.lab.state().sky.down = true;
+    let engine = s.lab.start().await;
+    assert_eq!(s.lab.status(&engine, s.disks[1].0), Status::Unknown);
+    let s = Set { engine, ..s };
+    assert_eq!(lines(&s.run(snapshot("s")).await.unwrap_err()), [line("b", "EEXIST")]);
+    let error = s.run(revert("s")).await.unwrap_err();
+    assert_eq!(lines(&error), [line("a", "ENOENT"), line("b", "EHOSTUNREACH"), line("c", "ENOENT")]);
+    assert_eq!(s.on(1, snapshot("s")).await.unwrap_err().errno(), Errno::EEXIST);
+    assert_eq!(s.on(1, delete_snapshot("s")).await.unwrap_err().errno(), Errno::EHOSTUNREACH);
+    assert_eq!(s.on(1, delete(s.disks[1].1)).await.unwrap_err().errno(), Errno::EHOSTUNREACH);
+}
+
+#[tokio::test(start_paused = true)]
 async fn c6_a_cancelled_set_is_taken_back() {
     let s = set().await;
     s.run(attach()).await.unwrap();
@@ -267,6 +284,7 @@ async fn r10_a_set_that_a_crash_cut_short_says_what_to_do_and_that_finishes_it()
         s.lab.forget_log();
         let engine = s.lab.start().await;
         s.lab.until("settled", |st| st.record.ops.values().all(|o| o.ended.is_some())).await;
+        s.lab.until_world(&engine, "shown", |w| w.operations.values().all(|o| o.ended.is_some())).await;
         assert_eq!(s.lab.count("cloud snapshot ") + s.lab.count("cloud delete_snapshot"), 0, "{at:?} {act:?}");
         let world = engine.world();
         let said = world.history.iter().find(|h| h.verb == Verb::Snapshot && h.volume.is_none()).unwrap();
@@ -278,7 +296,7 @@ async fn r10_a_set_that_a_crash_cut_short_says_what_to_do_and_that_finishes_it()
             0 => {}
             left => {
                 let error = s.run(snapshot("s")).await.unwrap_err();
-                assert_eq!((lines(&error).len(), error.errno()), (left, Errno::EEXIST));
+                assert_eq!((lines(&error).len(), error.errno()), (left, Errno::EEXIST), "{at:?} {act:?}");
             }
         }
         s.run(delete_snapshot("s")).await.unwrap();

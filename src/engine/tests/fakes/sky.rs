@@ -6,6 +6,40 @@ fn refused<T>(why: Refusal, words: &str) -> Result<T, CloudError> {
     Err(CloudError::Refused { why, words: words.into() })
 }
 
+pub fn snapshot(name: &str) -> Action {
+    Action::Snapshot { name: SnapshotName::parse(name).unwrap(), crash: false }
+}
+
+pub fn revert(name: &str) -> Action {
+    Action::Revert { name: SnapshotName::parse(name).unwrap() }
+}
+
+pub fn delete_snapshot(name: &str) -> Action {
+    Action::DeleteSnapshot { name: SnapshotName::parse(name).unwrap() }
+}
+
+impl Lab {
+    /// A snapshot that somebody else took.
+    pub fn foreign_snapshot(&self, volume: VolumeId, name: &str) -> SnapshotId {
+        let snapshot = CloudSnapshot {
+            id: SnapshotId::random(),
+            name: name.into(),
+            state: "BackedUp".into(),
+            ready: true,
+            size: GIB,
+            created: Some(Timestamp(5)),
+        };
+        let id = snapshot.id;
+        self.state().sky.snapshots.entry(volume).or_default().push(snapshot);
+        id
+    }
+
+    /// The ids of a volume's snapshots in the cloud.
+    pub fn snapshots_of(&self, volume: VolumeId) -> Vec<SnapshotId> {
+        self.state().sky.snapshots.get(&volume).map_or(Vec::new(), |all| all.iter().map(|s| s.id).collect())
+    }
+}
+
 #[async_trait]
 impl Cloud for Fake {
     fn about(&self) -> &About {
