@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use crate::model::{BadName, DiskName, Holder, JobId, OpId, Status, Verb, VmId, VolumeId};
+use crate::model::{BadName, DiskName, Holder, JobId, OpId, SnapshotName, Status, Verb, VmId, VolumeId};
 
 /// An errno of Linux, as the kernel takes it in a FUSE reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -85,8 +85,8 @@ pub enum Error {
     NoSuchVolume { volume: VolumeId },
     #[error("there is no operation {id} in flight; `ls operations` shows those there are")]
     NoSuchOperation { id: OpId },
-    #[error("there is no snapshot {name} here")]
-    NoSuchSnapshot { name: String },
+    #[error("volume {volume} has no snapshot {name} {why}")]
+    NoSuchSnapshot { volume: VolumeId, name: SnapshotName, why: &'static str },
     #[error("the cloud knows no VM {vm}")]
     NoSuchVm { vm: VmId },
     // E3
@@ -96,6 +96,10 @@ pub enum Error {
     DiskExists { job: JobId, disk: DiskName },
     #[error("job {job} still owns {count} volume(s): destroy, release or move them first")]
     JobNotEmpty { job: JobId, count: usize },
+    #[error("volume {volume} has a snapshot {name} already: take another name, or `delete-snapshot {name}` first")]
+    SnapshotExists { volume: VolumeId, name: SnapshotName },
+    #[error("volume {volume} has snapshots of ours ({names}): `delete-snapshot` them first")]
+    HasSnapshots { volume: VolumeId, names: String },
     // E4
     #[error("{}", in_use(*volume, device, holders))]
     InUse { volume: VolumeId, device: String, holders: Vec<Holder> },
@@ -119,6 +123,10 @@ pub enum Error {
     VmNotReady { vm: VmId, why: &'static str },
     #[error("the cloud finds volume {volume} busy for {what}: {words}")]
     CloudBusy { volume: VolumeId, what: String, words: String },
+    #[error(
+        "snapshot {name} of volume {volume} is {state} in the cloud, not complete: wait until `snapshots/{name}` says otherwise, or `delete-snapshot {name}`"
+    )]
+    SnapshotNotReady { volume: VolumeId, name: SnapshotName, state: String },
     #[error("this provider cannot pull a device from its users, so force changes nothing: volume {volume}")]
     CannotForce { volume: VolumeId },
     // E5
@@ -157,6 +165,12 @@ pub enum Error {
     Cancelled,
     #[error("`{what}` was interrupted by a restart of volfs before it had begun: nothing was changed, repeat it")]
     LeftBehind { what: String },
+    #[error("`{what}` was interrupted by a restart of volfs: {way_out}")]
+    CutShort { what: String, way_out: &'static str },
+    #[error("its snapshot {name} was deleted again: a set is whole or not there")]
+    SnapshotUndone { name: SnapshotName },
+    #[error("its snapshot {name} is left and was not deleted again ({words}): `delete-snapshot {name}` at the job")]
+    SnapshotLeft { name: SnapshotName, words: String },
     #[error("operation {id} was abandoned: the volume is unknown until it is reconciled")]
     Abandoned { id: OpId },
     // E9, E10
@@ -213,8 +227,8 @@ impl Error {
             | NoSuchOperation { .. }
             | NoSuchSnapshot { .. }
             | NoSuchVm { .. } => Errno::ENOENT,
-            JobExists { .. } | DiskExists { .. } => Errno::EEXIST,
-            JobNotEmpty { .. } => Errno::ENOTEMPTY,
+            JobExists { .. } | DiskExists { .. } | SnapshotExists { .. } => Errno::EEXIST,
+            JobNotEmpty { .. } | HasSnapshots { .. } => Errno::ENOTEMPTY,
             InUse { .. }
             | WrongStatus { .. }
             | AttachedElsewhere { .. }
@@ -224,6 +238,7 @@ impl Error {
             | VmRunning { .. }
             | VmNotReady { .. }
             | CloudBusy { .. }
+            | SnapshotNotReady { .. }
             | CannotForce { .. } => Errno::EBUSY,
             NoDevice { .. } | Departed => Errno::ENODEV,
             CannotTell { .. } => Errno::ENODATA,
@@ -237,7 +252,9 @@ impl Error {
             ReadOnly { .. } | HostUnproved { .. } => Errno::EROFS,
             TimedOut { .. } => Errno::ETIMEDOUT,
             Interrupted => Errno::EINTR,
-            Cancelled | LeftBehind { .. } => Errno::ECANCELED,
+            Cancelled | LeftBehind { .. } | CutShort { .. } | SnapshotUndone { .. } | SnapshotLeft { .. } => {
+                Errno::ECANCELED
+            }
             CloudRefused { .. } => Errno::EREMOTEIO,
             CloudUnreachable { .. } | CloudAmbiguous { .. } | NotSettled { .. } | Abandoned { .. } => {
                 Errno::EHOSTUNREACH

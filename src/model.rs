@@ -159,6 +159,10 @@ row_type!(
     MapRow
 );
 row_type!(
+    /// Row of `volume_snapshots`: a snapshot of ours; never reused.
+    SnapRow
+);
+row_type!(
     /// Row of `volume_operations`, the operation's number: it orders, the [`Fence`] identifies.
     OpId
 );

@@ -39,6 +39,17 @@ pub(super) fn of(walk: &Walk, sysfs: &Sysfs, dev: DevNo) -> Result<Vec<Holder>, 
     collect().map_err(|e| DevicesError::Failed { what: format!("find who has {dev}"), words: e.to_string() })
 }
 
+/// As [`of`], without the processes that have it open for reading only.
+pub(super) fn writers(walk: &Walk, sysfs: &Sysfs, dev: DevNo) -> Result<Vec<Holder>, DevicesError> {
+    let mut rows = of(walk, sysfs, dev)?;
+    let family = sysfs.family(dev);
+    let family = family.map_err(|e| DevicesError::Failed { what: format!("find {dev}"), words: e.to_string() })?;
+    let numbers: Vec<DevNo> = family.into_iter().map(|(number, _)| number).chain([dev]).collect();
+    let writes = |pid| numbers.iter().any(|number| walk.writers.contains(&(*number, pid)));
+    rows.retain(|row| row.kind != HolderKind::Open || row.pid.is_none_or(writes));
+    Ok(rows)
+}
+
 /// `dm-3 (vg-root)`: the name that its owner knows it by.
 fn with_label(sysfs: &Sysfs, name: String) -> String {
     let label = std::fs::read_to_string(sysfs.disk_dir(&name).join("dm/name")).unwrap_or_default();

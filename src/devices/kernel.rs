@@ -125,6 +125,10 @@ impl Devices for KernelDevices {
         Ok(Box::new(pin::hold(&self.scanner, &self.walker, disk)?))
     }
 
+    fn flush(&self, disk: &Disk, crash: bool) -> Result<(), DevicesError> {
+        pin::flush(&self.scanner, &self.walker, disk, crash)
+    }
+
     fn holders(&self, dev: DevNo) -> Result<Vec<Holder>, DevicesError> {
         holders::of(&*self.walker.walk()?, &self.scanner.sysfs, dev)
     }

@@ -105,6 +105,11 @@ pub trait Devices: Send + Sync {
     /// Descriptors of this process are no users.
     fn hold(&self, disk: &Disk) -> Result<Box<dyn Hold>, DevicesError>;
 
+    /// Flushes it, and finds nobody who may be writing to it (contract, C6): not mounted, not held by
+    /// dm, md, swap or a loop device, not open for writing; `InUse` names them. With `crash` it is
+    /// flushed, and who uses it is not asked. Nothing is held afterwards.
+    fn flush(&self, disk: &Disk, crash: bool) -> Result<(), DevicesError>;
+
     /// Who has it. Concurrent callers share one walk of /proc.
     fn holders(&self, dev: DevNo) -> Result<Vec<Holder>, DevicesError>;
 

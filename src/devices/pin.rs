@@ -163,15 +163,16 @@ impl Patience {
     }
 }
 
-/// Holds the disk exclusively, flushes it, and looks for users last (contract, C4).
-pub(super) fn hold(scanner: &Scanner, walker: &Walker, disk: &Disk) -> Result<KernelHold, DevicesError> {
-    let mut patience = Patience::new();
-    let users = || holders::of(&*walker.walk()?, &scanner.sysfs, disk.dev);
-    let in_use = |holders| DevicesError::InUse { device: disk.name.to_string(), holders };
-    let passing = |rows: &[Holder]| rows.iter().all(|h| h.kind == HolderKind::Open);
-    let node = loop {
-        match open_exclusively(scanner, disk) {
-            Ok(node) => break node,
+/// Opens the disk exclusively, waiting a moment for those who pass; `users` names who is in the way.
+fn alone(
+    disk: &Disk,
+    patience: &mut Patience,
+    open: impl Fn() -> Result<File, OpenError>,
+    users: impl Fn() -> Result<Vec<Holder>, DevicesError>,
+) -> Result<File, DevicesError> {
+    loop {
+        match open() {
+            Ok(node) => return Ok(node),
             Err(OpenError::Gone) => return Err(gone(disk)),
             Err(OpenError::Failed(e)) if e.raw_os_error() == Some(libc::EBUSY) => {
                 let mut rows = users()?;
@@ -181,22 +182,67 @@ pub(super) fn hold(scanner: &Scanner, walker: &Walker, disk: &Disk) -> Result<Ke
                 if rows.is_empty() {
                     rows.push(Holder { kind: HolderKind::Unnamed, pid: None, name: String::new() });
                 }
-                return Err(in_use(rows));
+                return Err(in_use(disk, rows));
             }
             Err(OpenError::Failed(e)) => return Err(failed("open", disk, e)),
         }
-    };
-    let flushed = if crate::failpoint::hit("devices.flush") { Err(Errno::IO) } else { rustix::fs::fsync(&node) };
-    flushed.map_err(|e| DevicesError::Flush { device: disk.name.to_string(), words: e.to_string() })?;
+    }
+}
+
+fn in_use(disk: &Disk, holders: Vec<Holder>) -> DevicesError {
+    DevicesError::InUse { device: disk.name.to_string(), holders }
+}
+
+fn passing(rows: &[Holder]) -> bool {
+    rows.iter().all(|h| h.kind == HolderKind::Open)
+}
+
+/// Waits until nobody is named; `InUse` where somebody stays.
+fn until_none(
+    disk: &Disk,
+    patience: &mut Patience,
+    users: impl Fn() -> Result<Vec<Holder>, DevicesError>,
+) -> Result<(), DevicesError> {
     loop {
         let rows = users()?;
         if rows.is_empty() {
-            return Ok(KernelHold { _node: node });
+            return Ok(());
         }
         if !passing(&rows) || !patience.wait() {
-            return Err(in_use(rows));
+            return Err(in_use(disk, rows));
         }
     }
+}
+
+fn sync(node: &File, disk: &Disk) -> Result<(), DevicesError> {
+    let flushed = if crate::failpoint::hit("devices.flush") { Err(Errno::IO) } else { rustix::fs::fsync(node) };
+    flushed.map_err(|e| DevicesError::Flush { device: disk.name.to_string(), words: e.to_string() })
+}
+
+/// Holds the disk exclusively, flushes it, and looks for users last (contract, C4).
+pub(super) fn hold(scanner: &Scanner, walker: &Walker, disk: &Disk) -> Result<KernelHold, DevicesError> {
+    let mut patience = Patience::new();
+    let users = || holders::of(&*walker.walk()?, &scanner.sysfs, disk.dev);
+    let node = alone(disk, &mut patience, || open_exclusively(scanner, disk), users)?;
+    sync(&node, disk)?;
+    until_none(disk, &mut patience, users)?;
+    Ok(KernelHold { _node: node })
+}
+
+/// See [`super::Devices::flush`]. Opened for reading: closing what was open for writing makes udev
+/// look at the disk, and a flush needs no more.
+pub(super) fn flush(scanner: &Scanner, walker: &Walker, disk: &Disk, crash: bool) -> Result<(), DevicesError> {
+    let mut patience = Patience::new();
+    let writers = || holders::writers(&*walker.walk()?, &scanner.sysfs, disk.dev);
+    let node = match crash {
+        true => scanner.open(disk, OFlags::RDONLY).map_err(|e| match e {
+            OpenError::Gone => gone(disk),
+            OpenError::Failed(e) => failed("open", disk, e),
+        })?,
+        false => alone(disk, &mut patience, || scanner.open(disk, OFlags::RDONLY | OFlags::EXCL), writers)?,
+    };
+    sync(&node, disk)?;
+    if crash { Ok(()) } else { until_none(disk, &mut patience, writers) }
 }
 
 /// For writing, so that a later flush is allowed to write; a read-only disk for reading.

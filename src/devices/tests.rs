@@ -1,10 +1,11 @@
 //! Tests against the real kernel, with loop devices of their own.
 
+mod flush;
 mod recorded;
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

@@ -23,6 +23,8 @@ use crate::model::{DevNo, DiskIdentity, Holder, HolderKind};
 pub(super) struct Walk {
     /// Mounts, swap, loop devices and open descriptors, by the device they hold.
     pub(super) by_dev: HashMap<DevNo, Vec<Holder>>,
+    /// Which of the open descriptors among them can write: device and process.
+    pub(super) writers: HashSet<(DevNo, i32)>,
     /// The loop devices whose backing file could be told.
     pub(super) loops: Vec<LoopOver>,
     /// Those where it could not.
@@ -493,9 +495,13 @@ impl Process {
                     break;
                 }
             };
+            // O_PATH has nothing open.
             if let Some(dev) = found
-                && !self.path_only(infos, entry.file_name())?
+                && let Some(flags) = self.flags(infos, entry.file_name())?.filter(|f| !f.contains(OFlags::PATH))
             {
+                if flags.intersection(OFlags::RWMODE) != OFlags::RDONLY {
+                    walk.writers.insert((dev, self.pid));
+                }
                 let row = Holder { kind: HolderKind::Open, pid: Some(self.pid), name: self.comm()? };
                 let rows = walk.by_dev.entry(dev).or_default();
                 if !rows.contains(&row) {
@@ -526,17 +532,16 @@ impl Process {
         }
     }
 
-    /// Whether the descriptor is O_PATH, which has nothing open.
-    fn path_only(&self, infos: &str, fd: &CStr) -> Result<bool, DevicesError> {
+    /// The flags that a descriptor was opened with; `None` if it is closed by now.
+    fn flags(&self, infos: &str, fd: &CStr) -> Result<Option<OFlags>, DevicesError> {
         let text = self.text(&format!("{infos}/{}", fd.to_string_lossy()));
         let Some(text) = text.map_err(|e| self.failed("a descriptor's flags", e))? else {
-            // Closed by now.
-            return Ok(true);
+            return Ok(None);
         };
         let flags = text.lines().find_map(|l| l.strip_prefix("flags:"));
         let flags = flags.and_then(|f| u32::from_str_radix(f.trim(), 8).ok());
         let flags = flags.ok_or_else(|| self.failed("a descriptor's flags", "there are none"))?;
-        Ok(flags & OFlags::PATH.bits() != 0)
+        Ok(Some(OFlags::from_bits_retain(flags)))
     }
 }
 

@@ -170,10 +170,17 @@ fn by_status(s: &Situation<'_>, action: &Action) -> Verdict {
             (_, Conflict) => not_ours(),
             _ => Verdict::Reconcile,
         },
-        Action::Resize { .. } | Action::Snapshot { .. } | Action::DeleteSnapshot { .. } => match s.status {
+        Action::Resize { .. } | Action::Snapshot { .. } => match s.status {
             Detached | Attached => supported(s, action),
             Remote => on_other(),
             Lost => wrong(lost),
+            Missing => absent(),
+            Conflict => not_ours(),
+            _ => Verdict::Reconcile,
+        },
+        // Wherever the volume is: what is handed over for good is first freed of its snapshots.
+        Action::DeleteSnapshot { .. } => match s.status {
+            Detached | Attached | Remote | Lost => supported(s, action),
             Missing => absent(),
             Conflict => not_ours(),
             _ => Verdict::Reconcile,

@@ -13,7 +13,7 @@ use super::{Engine, Events, Target};
 use crate::command::{self, Action};
 use crate::error::Error;
 use crate::model::{
-    Caller, DiskName, DiskRow, Fence, JobId, JobRow, MapRow, OpId, Outcome, Status, Timestamp, Verb, VolumeId,
+    Caller, DiskName, DiskRow, Fence, JobId, JobRow, MapRow, OpId, Outcome, SnapRow, Status, Timestamp, Verb, VolumeId,
     VolumeRow,
 };
 
@@ -35,6 +35,8 @@ pub(super) struct Core {
     pub volume_rows: HashMap<VolumeId, VolumeRow>,
     /// Known volumes in no job.
     pub loose: BTreeSet<VolumeId>,
+    /// What is remembered of snapshots beside the world.
+    pub known_snapshots: super::snapshots::Known,
     /// Volumes that a claim in flight is about.
     pub claiming: HashSet<VolumeId>,
     /// Job names that a mkdir in flight is about.
@@ -119,6 +121,7 @@ impl Core {
             next,
             volume_rows: HashMap::new(),
             loose: BTreeSet::new(),
+            known_snapshots: super::snapshots::Known::default(),
             claiming: HashSet::new(),
             making: HashSet::new(),
             absent: HashMap::new(),
@@ -150,6 +153,11 @@ impl Core {
     pub fn next_mapping(&mut self) -> MapRow {
         self.next.mapping += 1;
         MapRow(self.next.mapping - 1)
+    }
+
+    pub fn next_snapshot(&mut self) -> SnapRow {
+        self.next.snapshot += 1;
+        SnapRow(self.next.snapshot - 1)
     }
 
     pub fn next_epoch(&mut self) -> u64 {
@@ -242,6 +250,7 @@ impl Core {
             });
             self.event(Some(volume.job), fields);
         }
+        self.index_snapshots(&mut volume, at);
         if let Some(mapping) = &volume.mapping {
             self.world.by_mapping.insert(mapping.row, volume.row);
             self.world.by_device.insert(mapping.name.clone(), volume.row);
@@ -275,6 +284,7 @@ impl Core {
     pub fn drop_volume(&mut self, row: DiskRow, at: Timestamp, loose: bool) -> Option<Arc<Volume>> {
         let volume = self.world.volumes.remove(&row)?;
         self.world.by_uuid.remove(&volume.uuid);
+        self.drop_snapshots(&volume);
         if let Some(mapping) = &volume.mapping {
             self.world.by_mapping.remove(&mapping.row);
             self.world.by_device.remove(&mapping.name);

@@ -5,6 +5,7 @@ use super::Target;
 use super::admission::{Situation, Verdict, admit};
 use super::core::Core;
 use super::jobs::in_flight;
+use super::snapshots::by_name;
 use crate::command::{self, Action};
 use crate::error::Error;
 use crate::model::{Caller, DiskRow, JobRow, OpId, Verb};
@@ -28,7 +29,7 @@ impl Engine {
         }
     }
 
-    fn decide_volume(
+    pub(super) fn decide_volume(
         &self,
         core: &Core,
         row: DiskRow,
@@ -82,8 +83,13 @@ impl Engine {
             let vm = volume.vm.unwrap_or(self.host);
             return Verdict::Deny(Error::AttachedElsewhere { volume: volume.uuid, vm });
         }
-        if verdict != Verdict::Start {
-            return verdict;
+        let of_snapshots = matches!(action.verb(), Verb::Snapshot | Verb::Revert | Verb::DeleteSnapshot);
+        match (&verdict, by_name(volume, action)) {
+            // Which are ours the record knows, wherever the volume is.
+            (Verdict::Start | Verdict::Reconcile, denied @ Verdict::Deny(_)) if of_snapshots => return denied,
+            (Verdict::Start, denied @ Verdict::Deny(_)) => return denied,
+            (Verdict::Start, _) => {}
+            _ => return verdict,
         }
         match action {
             Action::Move { job: to } => match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
@@ -170,6 +176,7 @@ impl Engine {
             {
                 Verdict::Deny(Error::Unsupported { provider: self.about.name, what: action.verb().to_string() })
             }
+            Action::Snapshot { .. } | Action::Revert { .. } => self.decide_set(core, job, action, caller),
             Action::Move { job: to } => match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
                 None => Verdict::Deny(Error::NoSuchJob { job: to.clone() }),
                 Some(there) if there.row == row => Verdict::AlreadyDone,

@@ -11,6 +11,7 @@ use super::Target;
 use super::admission::Verdict;
 use super::core::{Core, Live};
 use super::operation::{Acted, Apply, Done, Fail};
+use super::snapshots::has_snapshots;
 use super::ticket::Ticket;
 use super::world::{HistoryRow, Job, Volume};
 use crate::command::Action;
@@ -281,6 +282,9 @@ impl Engine {
     pub(super) async fn whole_job(self: &Arc<Self>, live: &Live, row: JobRow) -> Acted {
         match &live.action {
             Action::Destroy { .. } => self.destroy(live, row).await,
+            Action::Snapshot { name, .. } => self.snapshot_set(live, row, name).await,
+            Action::Revert { name } => self.revert_set(live, row, name).await,
+            Action::DeleteSnapshot { name } => self.delete_snapshot_set(live, row, name).await,
             Action::Attach { .. } | Action::Detach { .. } | Action::Move { .. } => self.each(live, row).await,
             other => {
                 let what = format!("{} of a job", other.verb());
@@ -289,7 +293,7 @@ impl Engine {
         }
     }
 
-    fn disks_of(&self, row: JobRow) -> Result<OrdMap<DiskName, DiskRow>, Fail> {
+    pub(super) fn disks_of(&self, row: JobRow) -> Result<OrdMap<DiskName, DiskRow>, Fail> {
         self.world().jobs.get(&row).map(|j| j.disks.clone()).ok_or_else(|| Fail::clean(Error::Stale))
     }
 
@@ -358,7 +362,9 @@ impl Engine {
             match self.look_ours(&volume, "destroy").await {
                 Err(fail) => failed.push((disk, fail.error)),
                 Ok(seen) => {
-                    if let Some(at) = seen.attached {
+                    if let Some(error) = has_snapshots(&volume) {
+                        failed.push((disk, error));
+                    } else if let Some(at) = seen.attached {
                         failed.push((disk, Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
                     }
                 }
@@ -417,6 +423,10 @@ impl Engine {
             let Some(volume) = core.world.volumes.get(row) else { continue };
             if let Some(running) = volume.running {
                 lines.push((disk.clone(), in_flight(core, running.op, format!("volume {}", volume.uuid))));
+                continue;
+            }
+            if let Some(error) = has_snapshots(volume) {
+                lines.push((disk.clone(), error));
                 continue;
             }
             match volume.base {

@@ -39,6 +39,7 @@ mod ownership;
 mod reconcile;
 mod recovery;
 mod round;
+mod snapshots;
 mod start;
 #[cfg(test)]
 mod tests;

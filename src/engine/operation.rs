@@ -77,8 +77,8 @@ pub(super) async fn changed(changes: &mut tokio::sync::broadcast::Receiver<Devic
 }
 
 /// First and longest pause before a passing refusal is tried again.
-const PASSING_FIRST: Duration = Duration::from_millis(250);
-const PASSING_LONGEST: Duration = Duration::from_secs(10);
+pub(super) const PASSING_FIRST: Duration = Duration::from_millis(250);
+pub(super) const PASSING_LONGEST: Duration = Duration::from_secs(10);
 /// How long a passing refusal is retried in all.
 const PASSING_IN_ALL: Duration = Duration::from_secs(300);
 
@@ -109,6 +109,13 @@ pub(super) fn cloud_fail(
             _ => Error::CloudRefused { what, words },
         }),
     }
+}
+
+/// Why nothing is called on a volume that a job of the cloud is still pending on: one at a time.
+pub(super) fn pending(seen: &CloudVolume) -> Option<CloudError> {
+    let job = seen.pending.as_deref()?;
+    let words = format!("its job {job} is still pending on volume {}", seen.id);
+    Some(CloudError::Refused { why: Refusal::Passing, words })
 }
 
 fn not_journaled(what: String, error: StoreError) -> Error {
@@ -200,6 +207,7 @@ impl Engine {
         if let Some(row) = look.or(late) {
             self.look_at(row).await;
         }
+        self.after_snapshots(&live);
         live.ticket.complete(Ok(()));
     }
 
@@ -286,6 +294,7 @@ impl Engine {
         if let Some(row) = volume {
             self.look_at(row).await;
         }
+        self.after_snapshots(&live);
         live.ticket.complete(Err(error));
     }
 
@@ -320,6 +329,13 @@ impl Engine {
             (super::Target::Volume(row), Action::Attach { vm, slot }) => self.attach(live, row, *vm, *slot).await,
             (super::Target::Volume(row), Action::Detach { vm, force }) => self.detach(live, row, *vm, *force).await,
             (super::Target::Volume(row), Action::Resize { size }) => self.resize(live, row, *size).await,
+            (super::Target::Volume(row), Action::Snapshot { name, crash }) => {
+                self.snapshot(live, row, name, *crash).await
+            }
+            (super::Target::Volume(row), Action::Revert { name }) => self.revert(live, row, name).await,
+            (super::Target::Volume(row), Action::DeleteSnapshot { name }) => {
+                self.delete_snapshot(live, row, name).await
+            }
             (super::Target::Volume(row), Action::Delete { expunge, .. }) => self.delete(live, row, *expunge).await,
             (super::Target::Volume(row), Action::Release { .. }) => self.release(live, row).await,
             (super::Target::Volume(row), Action::Move { job }) => self.move_volume(live, row, job).await,
@@ -410,8 +426,8 @@ impl Engine {
             if seen.mark != Some(expected) {
                 return refused(Refusal::Mark(seen.mark), "its mark is another".into());
             }
-            if let Some(job) = &seen.pending {
-                return refused(Refusal::Passing, format!("its job {job} is still pending on volume {}", volume.uuid));
+            if let Some(refusal) = pending(&seen) {
+                return Err(refusal);
             }
             call(seen).await
         };

@@ -11,7 +11,7 @@ use super::core::Live;
 use super::jobs::in_flight;
 use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail};
 use super::volume::{facts, show_facts};
-use super::world::{Times, Volume};
+use super::world::{Snapshots, Times, Volume};
 use crate::cloud::{Call, CloudError, CloudVolume, Label, NewVolume, Refusal};
 use crate::command::Action;
 use crate::error::Error;
@@ -130,7 +130,8 @@ impl Engine {
             apply: Some(Box::new(move |core, at| {
                 core.op_volume(id, seen.id);
                 let mut volume = blank(row, seen.id, job, disk, epoch, status);
-                volume.times = Times { owned: at, status: at, device: at, facts: at, error: at, history: at };
+                volume.times =
+                    Times { owned: at, status: at, device: at, facts: at, error: at, history: at, snapshots: at };
                 if status == Status::Unknown {
                     volume.why = Some("it was just claimed".into());
                 }
@@ -364,6 +365,7 @@ pub(super) fn blank(row: DiskRow, uuid: VolumeId, job: JobRow, disk: DiskName, e
         serial: Arc::default(),
         cloud_state: Arc::default(),
         owner: Arc::default(),
+        snapshots: Snapshots::default(),
         why: None,
         error: None,
         history: Arc::default(),

@@ -15,7 +15,7 @@ use super::{Engine, Target};
 use crate::cloud::{CloudError, Label, Refusal};
 use crate::command::{self, Action, Place};
 use crate::error::Error;
-use crate::model::{DiskRow, JobRow, Mark, Outcome, Status, VolumeId};
+use crate::model::{DiskRow, JobRow, Mark, Outcome, Status, Verb, VolumeId};
 use crate::store::{Change, OpRow};
 
 /// What looking has told about an operation that was left behind.
@@ -43,6 +43,21 @@ fn left(fail: Fail) -> Found {
         _ if fail.ambiguous => Found::Failed(fail),
         _ => Found::NotBegun,
     }
+}
+
+/// What is said of an operation that was not finished: nothing had begun, but where it is about many
+/// volumes, or where no look tells whether it was done.
+fn cut_short(live: &Live, what: String) -> Error {
+    let way_out = match (live.target, &live.action) {
+        (Target::Job(_), Action::Snapshot { .. }) => {
+            "some of its volumes may have that snapshot: `delete-snapshot` it here, then repeat"
+        }
+        (Target::Job(_), Action::Revert { .. }) => "some of its volumes may be reverted: repeat it",
+        (Target::Job(_), Action::DeleteSnapshot { .. }) => "some of its volumes may have it still: repeat it",
+        (Target::Volume(_), Action::Revert { .. }) => "nobody can tell whether it was done: repeat it",
+        _ => return Error::LeftBehind { what },
+    };
+    Error::CutShort { what, way_out }
 }
 
 impl Engine {
@@ -120,8 +135,8 @@ impl Engine {
                     tokio::time::sleep(super::operation::LOOK_AGAIN.min(self.about.late)).await;
                 }
                 Found::NotBegun => {
-                    let interrupted = Error::LeftBehind { what };
-                    self.interrupted(live, interrupted).await;
+                    let error = cut_short(&live, what);
+                    self.interrupted(live, error).await;
                     break;
                 }
                 Found::Unclear(fail) => {
@@ -236,6 +251,13 @@ impl Engine {
 
     async fn settle_left_volume(self: &Arc<Self>, live: &Live, row: DiskRow, action: &Action) -> Found {
         let Some(volume) = self.world().volumes.get(&row).cloned() else { return Found::NotBegun };
+        if matches!(action.verb(), Verb::Snapshot | Verb::Revert | Verb::DeleteSnapshot) {
+            return match self.left_of_snapshot(live, &volume).await {
+                Ok(Some(done)) => Found::Finish(Box::new(done)),
+                Ok(None) => Found::NotBegun,
+                Err(fail) => Found::Failed(fail),
+            };
+        }
         let seen = match self.cloud.find(volume.uuid).await {
             Ok(seen) => seen,
             Err(error) => return Found::Unclear(Fail::clean(Error::CannotTell { why: error.to_string() })),

@@ -220,6 +220,11 @@ impl Engine {
 
     /// `reconcile` on a volume: looks until it is settled, twice where one look is not believed.
     pub(super) async fn settle_volume(&self, row: DiskRow) -> Result<(), Error> {
+        self.settle_place(row).await?;
+        self.settle_snapshots(&[row]).await
+    }
+
+    async fn settle_place(&self, row: DiskRow) -> Result<(), Error> {
         self.look_at(row).await;
         let volume = self.world().volumes.get(&row).cloned().ok_or(Error::Departed)?;
         let waits_for_second_look =
@@ -249,6 +254,8 @@ impl Engine {
             tokio::time::sleep(self.absence_gap()).await;
             self.round().await?;
         }
+        let rows: Vec<DiskRow> = self.world().volumes.values().filter(|v| concerned(v)).map(|v| v.row).collect();
+        self.settle_snapshots(&rows).await?;
         let world = self.world();
         let doubt = |v: &&Arc<Volume>| v.running.is_none() && matches!(v.base, Status::Unknown | Status::Conflict);
         match world.volumes.values().filter(|v| concerned(v)).find(doubt) {
@@ -402,7 +409,12 @@ impl Engine {
     pub(super) async fn rounds(self: Arc<Self>) {
         loop {
             // A defect in one round ends neither the daemon nor reconciling: `health` says that there was one.
-            match AssertUnwindSafe(self.round()).catch_unwind().await {
+            let round = async {
+                let outcome = self.round().await;
+                self.look_at_next_snapshots().await;
+                outcome
+            };
+            match AssertUnwindSafe(round).catch_unwind().await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!("reconcile round: {error}"),
                 Err(_) => {

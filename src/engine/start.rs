@@ -119,6 +119,8 @@ fn empty_world(
         by_uuid: OrdMap::new(),
         by_mapping: OrdMap::new(),
         by_device: OrdMap::new(),
+        snapshots: OrdMap::new(),
+        foreign_snapshots: OrdMap::new(),
         operations: OrdMap::new(),
         unclaimed: OrdMap::new(),
         vms: OrdMap::new(),
@@ -153,6 +155,7 @@ impl Core {
             made.hold = (job.hold, job.hold_at);
             self.put_job(made, job.created);
         }
+        self.known_snapshots.keep(&loaded.snapshots);
         for disk in &loaded.disks {
             let volume = from_record(disk, disks, devices, host, self.world.record, &mut words);
             if let Some(vm) = disk.mapping.as_ref().map(|m| m.vm).filter(|vm| *vm != host) {
@@ -163,7 +166,8 @@ impl Core {
             // Times are the record's, not this start's.
             if let Some(volume) = self.world.volumes.get(&row) {
                 let mut volume = (**volume).clone();
-                volume.times = times;
+                let taken = volume.snapshots.iter().map(|s| s.at).max();
+                volume.times = Times { snapshots: times.snapshots.max(taken.unwrap_or(times.owned)), ..times };
                 self.world.volumes.insert(row, Arc::new(volume));
             }
         }
@@ -195,6 +199,12 @@ impl Core {
                     self.twins.push((op.fence, ended));
                 }
                 let job = op.job.filter(|row| self.world.jobs.contains_key(row));
+                // What is gone from a directory is known by the operation that took it away.
+                if let (Verb::DeleteSnapshot, Outcome::Done, Some(volume)) = (row.verb, row.outcome, row.volume)
+                    && let Some(owner) = self.world.by_uuid.get(&volume).copied()
+                {
+                    self.with_volume(owner, ended, |v| v.times.snapshots = v.times.snapshots.max(ended));
+                }
                 self.add_history(row, job, ended);
             }
         }
@@ -275,6 +285,7 @@ fn from_record(
         facts: loaded.at.max(loaded.status_at),
         error: loaded.at,
         history: loaded.at,
+        snapshots: loaded.at,
     };
     let mapped = loaded.mapping.as_ref().filter(|m| m.vm == host && loaded.status == Status::Attached);
     if let Some((row, device)) = mapped.and_then(|m| Some((m, m.device.as_ref()?))) {

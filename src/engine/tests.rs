@@ -10,3 +10,5 @@ mod ownership;
 
 mod recovery;
 mod settle;
+mod snapshot_sets;
+mod snapshots;

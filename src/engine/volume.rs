@@ -8,6 +8,7 @@ use serde_json::json;
 use super::Engine;
 use super::core::Live;
 use super::operation::{Acted, Done, Fail, LOOK_AGAIN, changed, cloud_fail};
+use super::snapshots::{has_snapshots, names_of_ours};
 use super::world::{Mapping, Volume};
 use crate::cloud::{CloudError, CloudVolume, Refusal};
 use crate::devices::DevicesError;
@@ -477,7 +478,13 @@ impl Engine {
     pub(super) async fn delete(self: &Arc<Self>, live: &Live, row: DiskRow, expunge: bool) -> Acted {
         let volume = self.owned(row)?;
         let what = format!("delete of volume {}", volume.uuid);
+        if let Some(error) = has_snapshots(&volume) {
+            return Err(Fail::clean(error));
+        }
         let mut note = "it was missing in the cloud; dropped".to_owned();
+        if let Some(names) = names_of_ours(&volume) {
+            note = format!("{note}; its snapshots may be there still: {names}");
+        }
         if volume.base != Status::Missing {
             self.step(live, "look at the volume in the cloud")?;
             let seen = self.look_before(live, &volume, &what).await?;

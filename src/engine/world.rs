@@ -1,6 +1,7 @@
 //! The published snapshot: what every read is answered from. Immutable, shared by structure, and
 //! replaced as a whole at each change by [`super::Engine`]'s one publish step.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use imbl::{OrdMap, Vector};
@@ -10,7 +11,7 @@ use crate::devices::Pin;
 use crate::error::Error;
 use crate::model::{
     BootId, Caller, DevNo, DiskIdentity, DiskName, DiskRow, Fence, Incarnation, JobId, JobRow, MapRow, OpId, Outcome,
-    RecordId, Status, Timestamp, Verb, VmId, VolumeId,
+    RecordId, SnapRow, SnapshotId, SnapshotName, Status, Timestamp, Verb, VmId, VolumeId,
 };
 
 /// Everything volfs knows, at one moment.
@@ -46,6 +47,10 @@ pub struct World {
     pub by_mapping: OrdMap<MapRow, DiskRow>,
     /// Owned volumes with a device here, by kernel name of the device.
     pub by_device: OrdMap<Arc<str>, DiskRow>,
+    /// The volume of each snapshot of ours, by its row.
+    pub snapshots: OrdMap<SnapRow, DiskRow>,
+    /// The volume of each snapshot of an owned volume that is not ours.
+    pub foreign_snapshots: OrdMap<SnapshotId, DiskRow>,
     /// Operations in flight, and recent ones.
     pub operations: OrdMap<OpId, Arc<Operation>>,
     /// Volumes in no job that concern this host.
@@ -141,6 +146,8 @@ pub struct Volume {
     pub cloud_state: Arc<str>,
     /// The mark found on it, as text; empty if none or never seen.
     pub owner: Arc<str>,
+    /// Its snapshots, as last seen.
+    pub snapshots: Snapshots,
     /// Why the status is lost, missing, unknown or conflict.
     pub why: Option<Arc<str>>,
     /// `error`.
@@ -172,6 +179,76 @@ pub struct Times {
     pub facts: Timestamp,
     pub error: Timestamp,
     pub history: Timestamp,
+    pub snapshots: Timestamp,
+}
+
+/// A volume's snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Its name in `snapshots/`: for one of ours that of the record, for another the cloud's, or its
+    /// id where that is no name or is taken.
+    pub name: SnapshotName,
+    /// The cloud's id.
+    pub id: SnapshotId,
+    /// Its row if it is ours: exactly then the record has its id.
+    pub row: Option<SnapRow>,
+    /// The cloud's word; empty until the cloud was asked.
+    pub state: Arc<str>,
+    /// Bytes of the volume when it was taken; 0 if the cloud does not tell.
+    pub size: u64,
+    /// When it was taken, if that is known.
+    pub created: Option<Timestamp>,
+    /// When anything of this last changed.
+    pub at: Timestamp,
+}
+
+/// A volume's snapshots by name. Most volumes have none, which costs a word; clones are shared.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshots(Option<Arc<BTreeMap<SnapshotName, Snapshot>>>);
+
+impl Snapshots {
+    /// Of these, the first of each name.
+    pub fn new(all: impl IntoIterator<Item = Snapshot>) -> Self {
+        let mut map = BTreeMap::new();
+        for snapshot in all {
+            map.entry(snapshot.name.clone()).or_insert(snapshot);
+        }
+        Snapshots((!map.is_empty()).then(|| Arc::new(map)))
+    }
+
+    /// All, by name.
+    pub fn iter(&self) -> impl Iterator<Item = &Snapshot> {
+        self.0.iter().flat_map(|map| map.values())
+    }
+
+    /// Those that volfs took, by name.
+    pub fn ours(&self) -> impl Iterator<Item = (SnapRow, &Snapshot)> {
+        self.iter().filter_map(|s| Some((s.row?, s)))
+    }
+
+    /// The one of that name.
+    pub fn get(&self, name: &SnapshotName) -> Option<&Snapshot> {
+        self.0.as_ref()?.get(name)
+    }
+
+    /// The one of that name, if volfs took it.
+    pub fn our(&self, name: &SnapshotName) -> Option<(SnapRow, &Snapshot)> {
+        self.get(name).and_then(|s| Some((s.row?, s)))
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// Whether these are the very same, unchanged.
+    pub fn same(&self, other: &Self) -> bool {
+        match (&self.0, &other.0) {
+            (None, None) => true,
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
 }
 
 impl Volume {

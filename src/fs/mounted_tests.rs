@@ -538,6 +538,29 @@ fn an_unmount_from_outside_is_reported_and_anothers_mount_is_left_alone() {
 }
 
 #[test]
+fn snapshots_are_files_that_come_and_go_and_one_that_is_gone_is_stale() {
+    let m = Mount::new();
+    let (status, said) = m.run(&format!("cd $R/jobs/a/volumes/{} && ls snapshots && cat snapshots/daily", vol(1)));
+    assert_eq!(status, 0, "{said}");
+    assert!(said.starts_with("before-test\ndaily\n{") && said.contains("\"ours\":false"), "{said}");
+    let dir = File::open(m.v(1, "snapshots")).unwrap();
+    let path = m.v(1, "snapshots/before-test");
+    assert_eq!(fs::metadata(&path).unwrap().len(), read(&path).len() as u64);
+    assert_eq!(code(fs::remove_file(&path)), libc::EPERM, "r5: no generic command deletes one");
+    let open = File::open(&path).unwrap();
+    m.fake.change(|w| {
+        edit(w, 11, |v| v.snapshots = Default::default());
+        w.snapshots.clear();
+        w.foreign_snapshots.clear();
+        add_snapshot(w, 11, 33, "later", true);
+    });
+    assert_eq!(code(open.metadata()), libc::ESTALE);
+    assert_eq!(code(fs::read(&path)), libc::ENOENT);
+    let at = rustix::fs::openat(&dir, "later", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty());
+    assert!(at.is_ok(), "the directory is the volume's as before");
+}
+
+#[test]
 fn every_tool_that_walks_the_tree_ends_well() {
     let m = Mount::new();
     // The one view that cannot be told, and the one device that is not there, are errors by contract.

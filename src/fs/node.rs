@@ -6,7 +6,7 @@
 //! lets one writer at a time into an inode, and a second one could never be told "busy".
 
 use crate::engine::Target;
-use crate::model::{DiskRow, JobRow, MapRow, OpId};
+use crate::model::{DiskRow, JobRow, MapRow, OpId, SnapRow};
 use uuid::Uuid;
 
 macro_rules! files {
@@ -159,6 +159,10 @@ pub enum Node {
     Vm(Hash40),
     /// `vms/VM/UUID`, by the volume.
     VmLink(Hash40),
+    /// `snapshots/NAME`, one of ours.
+    Snapshot(SnapRow),
+    /// `snapshots/NAME`, one that the record does not have, by the cloud's id.
+    ForeignSnapshot(Hash40),
     /// `control`, by its serial.
     Control(Target, u32),
 }
@@ -194,6 +198,8 @@ impl Node {
             Node::Unclaimed(h, f) => pack(5, h.0, f as u8),
             Node::Vm(h) => pack(6, h.0, 1),
             Node::VmLink(h) => pack(7, h.0, 1),
+            Node::Snapshot(r) => pack(8, row(r.0), 1),
+            Node::ForeignSnapshot(h) => pack(9, h.0, 1),
             Node::Control(target, serial) => {
                 let (place, r) = match target {
                     Target::Root => (0, 0),
@@ -243,6 +249,8 @@ impl Node {
             5 => Node::Unclaimed(Hash40(r), UnclaimedFile::from_number(file)?),
             6 if file == 1 => Node::Vm(Hash40(r)),
             7 if file == 1 => Node::VmLink(Hash40(r)),
+            8 if file == 1 => Node::Snapshot(SnapRow(signed)),
+            9 if file == 1 => Node::ForeignSnapshot(Hash40(r)),
             _ => return None,
         };
         // The constant inode number of a control is no address.
@@ -261,6 +269,7 @@ mod tests {
     fn every_node(row: i64) -> Vec<Node> {
         let hash = Hash40::of(Uuid::from_u128(row as u128));
         let mut nodes = vec![Node::Operation(OpId(row)), Node::Vm(hash), Node::VmLink(hash)];
+        nodes.extend([Node::Snapshot(SnapRow(row)), Node::ForeignSnapshot(hash)]);
         nodes.extend(RootFile::ALL.iter().map(|f| Node::Root(*f)));
         nodes.extend(JobFile::ALL.iter().map(|f| Node::Job(JobRow(row), *f)));
         nodes.extend(VolumeFile::ALL.iter().map(|f| Node::Volume(DiskRow(row), *f)));
@@ -312,6 +321,7 @@ mod tests {
         for node in [
             Node::Job(JobRow(1 << 40), JobFile::Dir),
             Node::Volume(DiskRow(-1), VolumeFile::Dir),
+            Node::Snapshot(SnapRow(1 << 40)),
             Node::Control(Target::Volume(DiskRow(1 << 32)), 5),
         ] {
             assert_eq!(Node::parse(node.id()), None, "{node:?}");

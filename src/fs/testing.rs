@@ -79,6 +79,8 @@ pub fn empty_world() -> World {
         by_uuid: OrdMap::new(),
         by_mapping: OrdMap::new(),
         by_device: OrdMap::new(),
+        snapshots: OrdMap::new(),
+        foreign_snapshots: OrdMap::new(),
         operations: OrdMap::new(),
         unclaimed: OrdMap::new(),
         vms: OrdMap::new(),
@@ -134,16 +136,50 @@ pub fn add_volume(world: &mut World, row: i64, job: i64, name: &str, uuid: Volum
         serial: "".into(),
         cloud_state: "Ready".into(),
         owner: "".into(),
+        snapshots: Snapshots::default(),
         why: None,
         error: None,
         history: Arc::default(),
-        times: Times { owned: at(2), status: at(2), device: at(2), facts: at(2), error: at(2), history: at(2) },
+        times: Times {
+            owned: at(2),
+            status: at(2),
+            device: at(2),
+            facts: at(2),
+            error: at(2),
+            history: at(2),
+            snapshots: at(2),
+        },
     };
     edit_job(world, job, |j| {
         j.disks.insert(disk(name), DiskRow(row));
     });
     world.by_uuid.insert(uuid, DiskRow(row));
     world.volumes.insert(DiskRow(row), Arc::new(volume));
+}
+
+/// The id of a snapshot.
+pub fn snap(n: u128) -> SnapshotId {
+    SnapshotId(Uuid::from_u128(0x5a00_0000_0000_4000_8000_0000_0000_0000 + n))
+}
+
+/// A snapshot `snap(n)` of it: one of ours by row `n`, or a foreign one.
+pub fn add_snapshot(world: &mut World, row: i64, n: i64, name: &str, ours: bool) {
+    let id = snap(n as u128);
+    let snapshot = Snapshot {
+        name: SnapshotName::parse(name).unwrap(),
+        id,
+        row: ours.then_some(SnapRow(n)),
+        state: if ours { "BackedUp".into() } else { "".into() },
+        size: if ours { 1 << 30 } else { 0 },
+        created: ours.then(|| at(20)),
+        at: at(21),
+    };
+    edit(world, row, |v| v.snapshots = Snapshots::new(v.snapshots.iter().cloned().chain([snapshot])));
+    if ours {
+        world.snapshots.insert(SnapRow(n), DiskRow(row));
+    } else {
+        world.foreign_snapshots.insert(id, DiskRow(row));
+    }
 }
 
 pub fn edit_job(world: &mut World, row: i64, edit: impl FnOnce(&mut Job)) {
@@ -200,7 +236,7 @@ pub fn add_unclaimed(world: &mut World, uuid: VolumeId, device: Option<&str>) {
     world.unclaimed.insert(uuid, Arc::new(unclaimed));
 }
 
-/// Two jobs; job `a` with vol(1) attached as loop7 and vol(2) detached, job `b` with vol(3);
+/// Two jobs; job `a` with vol(1) attached as loop7, which has snapshots, and vol(2) detached, job `b` with vol(3);
 /// vol(4) unclaimed on loop9; a VM with vol(3) and vol(4), and a stale one.
 pub fn world() -> World {
     let mut w = empty_world();
@@ -210,6 +246,8 @@ pub fn world() -> World {
     add_volume(&mut w, 12, 1, "disk-2001", vol(2));
     add_volume(&mut w, 13, 2, "data", vol(3));
     attach(&mut w, 11, 7, "loop7");
+    add_snapshot(&mut w, 11, 31, "before-test", true);
+    add_snapshot(&mut w, 11, 32, "daily", false);
     add_unclaimed(&mut w, vol(4), Some("loop9"));
     let seen = VmView { volumes: vec![vol(3), vol(4)], seen: Some(at(5)), stale: false };
     w.vms.insert(vm(OTHER_VM), Arc::new(seen));
@@ -266,6 +304,8 @@ pub struct Fake {
     pub left: Mutex<Vec<Left>>,
     pub holders: Mutex<HashMap<DiskRow, Ticket<Arc<Vec<Holder>>>>>,
     pub job_ticket: Mutex<Option<Ticket<JobRow>>>,
+    /// What `control` has asked about.
+    pub asked: Mutex<Vec<Action>>,
 }
 
 impl Fake {
@@ -284,6 +324,7 @@ impl Fake {
             left: Mutex::default(),
             holders: Mutex::default(),
             job_ticket: Mutex::default(),
+            asked: Mutex::default(),
         })
     }
 
@@ -329,6 +370,7 @@ impl Core for Fake {
         }
     }
     fn would(&self, target: Target, action: &Action) -> Result<(), Error> {
+        self.asked.lock().push(action.clone());
         match (target, action) {
             (Target::Volume(_), Action::Revert { .. }) => Err(Error::NotPermitted { what: "not\nnow" }),
             _ => Ok(()),

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use super::core::Core;
 use super::node::{Hash40, JobFile, MapFile, Node, RootFile, UnclaimedFile, VolumeFile};
-use crate::engine::world::{Job, Unclaimed, VmView, Volume, World};
+use crate::engine::world::{Job, Snapshot, Unclaimed, VmView, Volume, World};
 use crate::engine::{DeviceNow, Target};
 use crate::error::Errno;
-use crate::model::{DevNo, DiskName, DiskRow, JobId, JobRow, MapRow, OpId, Timestamp, VmId, VolumeId};
+use crate::model::{DevNo, DiskName, DiskRow, JobId, JobRow, MapRow, OpId, SnapshotName, Timestamp, VmId, VolumeId};
 
 /// What a question is answered from.
 #[derive(Clone, Copy)]
@@ -122,6 +122,22 @@ impl<'a> View<'a> {
     pub fn unclaimed(&self, hash: Hash40) -> Result<(VolumeId, &'a Arc<Unclaimed>), Errno> {
         let found = self.world.unclaimed.iter().filter(|(id, _)| Hash40::of(id.0) == hash);
         only(found).map(|(id, u)| (*id, u))
+    }
+
+    /// The snapshot that a node names; none if two foreign ones have one hash.
+    pub fn snapshot(&self, node: Node) -> Result<&'a Snapshot, Errno> {
+        let of = |row: &DiskRow, is: &dyn Fn(&Snapshot) -> bool| {
+            self.volume(*row)?.snapshots.iter().find(|s| is(s)).ok_or(Errno::ESTALE)
+        };
+        match node {
+            Node::Snapshot(row) => of(self.world.snapshots.get(&row).ok_or(Errno::ESTALE)?, &|s| s.row == Some(row)),
+            Node::ForeignSnapshot(hash) => {
+                let all = self.world.foreign_snapshots.iter();
+                let (id, row) = only(all.filter(|(id, _)| Hash40::of(id.0) == hash))?;
+                of(row, &|s| s.id == *id)
+            }
+            _ => Err(Errno::ESTALE),
+        }
     }
 
     pub fn vm(&self, hash: Hash40) -> Result<(VmId, &'a Arc<VmView>), Errno> {
@@ -243,7 +259,11 @@ fn find(view: &View<'_>, parent: Node, name: &str) -> Result<Option<Node>, Errno
                 })
             }
         }
-        Node::Volume(row, VolumeFile::Snapshots) => view.volume(row).map(|_| None)?,
+        Node::Volume(row, VolumeFile::Snapshots) => {
+            let all = &view.volume(row)?.snapshots;
+            let found = SnapshotName::parse(name).ok().and_then(|name| all.get(&name));
+            found.map(snapshot_node).filter(|node| view.snapshot(*node).is_ok())
+        }
         Node::Unclaimed(hash, UnclaimedFile::Dir) => {
             view.unclaimed(hash)?;
             UnclaimedFile::named(name).map(|f| Node::Unclaimed(hash, f))
@@ -255,6 +275,13 @@ fn find(view: &View<'_>, parent: Node, name: &str) -> Result<Option<Node>, Errno
         }
         _ => return Err(Errno::ENOTDIR),
     })
+}
+
+fn snapshot_node(snapshot: &Snapshot) -> Node {
+    match snapshot.row {
+        Some(row) => Node::Snapshot(row),
+        None => Node::ForeignSnapshot(Hash40::of(snapshot.id.0)),
+    }
 }
 
 fn device_link(view: &View<'_>, name: &str) -> Option<Node> {
@@ -330,7 +357,9 @@ pub fn list(view: &View<'_>, dir: Node) -> Result<Vec<Entry>, Errno> {
             let files = VolumeFile::ALL.iter().map(|f| f.name());
             names(files.chain([MapFile::Block.name()]).collect())
         }
-        Node::Volume(row, VolumeFile::Snapshots) => view.volume(row).map(|_| Vec::new())?,
+        Node::Volume(row, VolumeFile::Snapshots) => {
+            view.volume(row)?.snapshots.iter().map(|s| s.name.to_string()).collect()
+        }
         Node::Unclaimed(hash, UnclaimedFile::Dir) => {
             view.unclaimed(hash)?;
             names(UnclaimedFile::ALL.iter().map(|f| f.name()).collect())
@@ -412,6 +441,7 @@ pub fn meta(view: &View<'_>, node: Node) -> Result<(Option<Timestamp>, Option<De
         Node::Unclaimed(hash, _) => view.unclaimed(hash)?.1.since,
         Node::Vm(hash) => view.vm(hash)?.1.seen.unwrap_or(world.started),
         Node::VmLink(hash) => view.vm_volume(hash).map(|_| world.listed_at)?,
+        Node::Snapshot(_) | Node::ForeignSnapshot(_) => view.snapshot(node)?.at,
     };
     Ok((Some(time), None))
 }
@@ -443,12 +473,13 @@ fn volume_time(volume: &Volume, file: VolumeFile) -> Timestamp {
     let t = &volume.times;
     match file {
         VolumeFile::Dir => t.owned.max(t.device),
-        VolumeFile::Snapshots | VolumeFile::DiskLink | VolumeFile::UuidLink => t.owned,
+        VolumeFile::DiskLink | VolumeFile::UuidLink => t.owned,
+        VolumeFile::Snapshots => t.snapshots,
         VolumeFile::Status | VolumeFile::Control => t.status,
         VolumeFile::Device | VolumeFile::Incarnation | VolumeFile::Holders => t.device,
         VolumeFile::Error => t.error,
         VolumeFile::History => t.history,
-        VolumeFile::Info => row_time(volume).max(t.error).max(t.history),
+        VolumeFile::Info => row_time(volume).max(t.error).max(t.history).max(t.snapshots),
         VolumeFile::Name
         | VolumeFile::Size
         | VolumeFile::Vm

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 
 use crate::model::{
     BootId, Caller, DevNo, DiskName, DiskRow, Fence, Incarnation, JobId, JobRow, MapRow, OpId, Outcome, RecordId,
-    Status, Timestamp, Verb, VmId, VolumeId, VolumeRow,
+    SnapRow, SnapshotId, SnapshotName, Status, Timestamp, Verb, VmId, VolumeId, VolumeRow,
 };
 
 mod sqlite;
@@ -91,6 +91,18 @@ pub enum Change {
     MappingSet(MappingRow),
     /// The volume is nowhere (that we know of).
     MappingEnd { volume: VolumeId },
+    /// A snapshot of a known volume is ours. `size` in bytes; `created` is the cloud's time of it
+    /// where it tells one, and is not that of the commit.
+    SnapshotAdd {
+        row: SnapRow,
+        volume: VolumeId,
+        snapshot: SnapshotId,
+        name: SnapshotName,
+        size: u64,
+        created: Timestamp,
+    },
+    /// A snapshot of ours is in the cloud no more: marked so with its time, never dropped.
+    SnapshotGone { row: SnapRow, at: Timestamp },
     /// The journal: an operation begins. Durable before any effect.
     OpBegin(Box<OpRow>),
     /// What the operation has reached; `detail` is the engine's own text for recovery.
@@ -115,10 +127,12 @@ impl Change {
             | Change::DiskAdd { at, .. }
             | Change::DiskRename { at, .. }
             | Change::MappingSet(MappingRow { at, .. })
+            | Change::SnapshotGone { at, .. }
             | Change::OpEnd { at, .. } => *at = now,
             Change::VolumeFacts { .. }
             | Change::DiskEnd { .. }
             | Change::MappingEnd { .. }
+            | Change::SnapshotAdd { .. }
             | Change::OpBegin(_)
             | Change::OpStep { .. }
             | Change::OpVolume { .. } => {}
@@ -224,6 +238,18 @@ pub struct DiskLoaded {
     pub mapping: Option<MappingRow>,
 }
 
+/// A live snapshot of ours as loaded, whether or not its volume is in a job.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs)]
+pub struct SnapshotLoaded {
+    pub row: SnapRow,
+    pub volume: VolumeId,
+    pub snapshot: SnapshotId,
+    pub name: SnapshotName,
+    pub size: u64,
+    pub created: Timestamp,
+}
+
 /// The lowest row ids that were never used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs)]
@@ -233,6 +259,7 @@ pub struct Next {
     pub disk: i64,
     pub mapping: i64,
     pub operation: i64,
+    pub snapshot: i64,
     /// The lowest epoch that was never used for a mark.
     pub epoch: u64,
 }
@@ -246,6 +273,8 @@ pub struct Loaded {
     pub jobs: Vec<JobLoaded>,
     /// Volumes that are in a job.
     pub disks: Vec<DiskLoaded>,
+    /// Snapshots of ours that are there.
+    pub snapshots: Vec<SnapshotLoaded>,
     /// Known volumes in no job and not gone: released ones.
     pub loose: Vec<VolumeId>,
     /// Every uuid that has a row in `ossea_volumes`, for reuse of its row.

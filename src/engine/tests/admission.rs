@@ -136,6 +136,13 @@ fn x5_resize_and_snapshot_in_every_status() {
 }
 
 #[test]
+fn c6_delete_snapshot_in_every_status_is_let_in_wherever_the_volume_is() {
+    let c = case();
+    let cells = ["start", "start", "start", "start", "ENOENT", "R", "EPERM"];
+    c.row("delete-snapshot", Action::DeleteSnapshot { name: snapshot("s") }, cells);
+}
+
+#[test]
 fn x6_revert_in_every_status() {
     let c = case();
     let cells = ["start", "EBUSY", "EBUSY", "EBUSY", "ENOENT", "R", "EPERM"];

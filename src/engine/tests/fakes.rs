@@ -18,19 +18,21 @@ use imbl::{OrdMap, OrdSet};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, Semaphore, broadcast};
 
+pub use sky::{delete_snapshot, revert, snapshot};
+
 use super::super::world::World;
 use super::super::{Engine, Options, Target};
 use crate::cloud::{
-    About, Attachment, Call, Cloud, CloudError, CloudVolume, Label, NewVolume, Refusal, Survey, VmFacts,
+    About, Attachment, Call, Cloud, CloudError, CloudSnapshot, CloudVolume, Label, NewVolume, Refusal, Survey, VmFacts,
 };
 use crate::command::{Action, Command};
 use crate::devices::{DeviceChange, Devices, DevicesError, Hold, Pin};
 use crate::error::Error;
 use crate::model::{
     BootId, Caller, DevNo, Disk, DiskIdentity, DiskName, DiskRow, Fence, Holder, Incarnation, JobId, JobRow, Mark,
-    OpId, RecordId, Slot, Status, Timestamp, Verb, VmId, VolumeId, VolumeRow,
+    OpId, RecordId, Slot, SnapRow, SnapshotId, SnapshotName, Status, Timestamp, Verb, VmId, VolumeId, VolumeRow,
 };
-use crate::store::{Change, DiskLoaded, JobLoaded, Loaded, MappingRow, Next, OpRow, Store, StoreError};
+use crate::store::{Change, DiskLoaded, JobLoaded, Loaded, MappingRow, Next, OpRow, SnapshotLoaded, Store, StoreError};
 
 /// Where the script can act.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -48,6 +50,12 @@ pub enum At {
     Resize,
     Delete,
     Mark,
+    Snapshot,
+    FindSnapshot,
+    Snapshots,
+    Revert,
+    DeleteSnapshot,
+    Running,
 }
 
 /// What happens there instead of plain success.
@@ -120,6 +128,12 @@ pub struct Own {
     pub at: Timestamp,
 }
 
+#[derive(Clone)]
+pub struct Snap {
+    pub loaded: SnapshotLoaded,
+    pub gone: bool,
+}
+
 #[derive(Default, Clone)]
 pub struct Record {
     pub jobs: OrdMap<JobRow, Job>,
@@ -128,7 +142,8 @@ pub struct Record {
     pub mappings: OrdMap<VolumeId, MappingRow>,
     pub ops: OrdMap<OpId, OpRow>,
     pub batches: Vec<Vec<Change>>,
-    pub high: [i64; 5],
+    pub snapshots: OrdMap<SnapRow, Snap>,
+    pub high: [i64; 6],
     /// Ownership rows ever used.
     pub rows: OrdSet<DiskRow>,
     pub epoch: u64,
@@ -140,6 +155,13 @@ pub struct Record {
 pub struct Sky {
     pub volumes: BTreeMap<VolumeId, CloudVolume>,
     pub created: HashMap<Fence, VolumeId>,
+    pub snapshots: BTreeMap<VolumeId, Vec<CloudSnapshot>>,
+    /// Which snapshot a fence took.
+    pub taken: HashMap<Fence, SnapshotId>,
+    /// What new snapshots are: not complete while set.
+    pub unready: bool,
+    /// A job of the cloud runs for every fence while set.
+    pub running: Option<String>,
     pub vms: BTreeMap<VmId, VmFacts>,
     /// Every call is `Unreachable` while set.
     pub down: bool,
@@ -159,6 +181,8 @@ pub struct Kernel {
     /// No events are sent.
     pub muted: bool,
     pub holds: VecDeque<Held>,
+    /// What is in the way of a flush.
+    pub writers: HashMap<DevNo, Vec<Holder>>,
     pub holders: HashMap<DevNo, Vec<Holder>>,
     pub carries: HashMap<String, String>,
     /// Our own descriptors by disk sequence number.
@@ -243,6 +267,7 @@ impl Lab {
             stay: false,
             muted: false,
             holds: VecDeque::new(),
+            writers: HashMap::new(),
             holders: HashMap::new(),
             carries: HashMap::new(),
             open: HashMap::new(),

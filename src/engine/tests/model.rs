@@ -77,7 +77,7 @@ impl Play {
         }
         let (row, volume) = rows[self.dice.roll(rows.len())];
         let on = Target::Volume(row);
-        match self.dice.roll(16) {
+        match self.dice.roll(20) {
             0..4 => (on, attach()),
             4..8 => (on, detach()),
             8 => (on, Action::Attach { vm: Some(self.vm), slot: None }),
@@ -87,6 +87,10 @@ impl Play {
             12 => (on, Action::Reconcile { vm: None }),
             13 => (on, delete(volume)),
             14 => (Target::Job(job), [attach(), detach(), Action::Destroy { job: other }][self.dice.roll(3)].clone()),
+            15 => (on, [snapshot("s"), snapshot("t"), revert("s")][self.dice.roll(3)].clone()),
+            16 => (on, delete_snapshot(["s", "t"][self.dice.roll(2)])),
+            17 => (Target::Job(job), [snapshot("s"), snapshot("t"), revert("s")][self.dice.roll(3)].clone()),
+            18 => (Target::Job(job), delete_snapshot(["s", "t"][self.dice.roll(2)])),
             _ => {
                 let claimed = [self.foreign, volume][self.dice.roll(2)];
                 (Target::Job(job), Action::Claim { volume: claimed, disk: None, from: None })
@@ -95,7 +99,12 @@ impl Play {
     }
 
     fn fault(&mut self) {
-        let at = [At::Attach, At::Detach, At::Resize, At::Delete, At::Create, At::Mark, At::Find, At::Begin, At::End];
+        let at = [
+            [At::Attach, At::Detach, At::Resize, At::Delete, At::Create, At::Mark].as_slice(),
+            &[At::Find, At::Begin, At::End],
+            &[At::Snapshot, At::Revert, At::DeleteSnapshot, At::Snapshots, At::FindSnapshot, At::Running],
+        ]
+        .concat();
         let at = at[self.dice.roll(at.len())];
         let act = match self.dice.roll(6) {
             0 => Act::Refuse(Refusal::Other),
@@ -192,6 +201,13 @@ impl Play {
                 assert_eq!(seen.mark, Some(mark), "seed {seed}");
             }
         }
+        // Every snapshot that was taken is in the record, and the world shows those of its volumes.
+        super::snapshots::no_orphans(&self.lab);
+        let known: usize = world.volumes.values().map(|v| v.snapshots.ours().count()).sum();
+        assert_eq!(known, world.snapshots.len(), "seed {seed}");
+        for (row, volume) in &world.snapshots {
+            assert!(world.volumes[volume].snapshots.ours().any(|(r, _)| r == *row), "seed {seed}");
+        }
         // What exists in the cloud with our mark is known here: owned, or in unclaimed/.
         for (id, seen) in &self.lab.state().sky.volumes {
             if seen.mark.is_some_and(|m| m.record == self.lab.record_id()) {
@@ -211,8 +227,11 @@ impl Play {
 async fn whatever_is_asked_and_whatever_fails_no_device_is_wrong_and_nothing_is_taken_that_is_not_ours() {
     let mut ends = std::collections::BTreeMap::new();
     let mut lives = 0;
-    for seed in 1..=300u64 {
-        let lab = Lab::with(|about| about.detach_wants_sole_opener = seed % 2 == 0);
+    for seed in 1..=500u64 {
+        let lab = Lab::with(|about| {
+            about.detach_wants_sole_opener = seed % 2 == 0;
+            about.snapshots = true;
+        });
         let engine = lab.start().await;
         lab.job(&engine, "j").await;
         lab.job(&engine, "k").await;
@@ -232,7 +251,7 @@ async fn whatever_is_asked_and_whatever_fails_no_device_is_wrong_and_nothing_is_
         play.lab.kill();
     }
     // The schedules are worth something only as long as they reach all this.
-    for verb in ["create", "attach", "detach", "resize", "move", "delete"] {
+    for verb in ["create", "attach", "detach", "resize", "move", "delete", "snapshot", "delete-snapshot"] {
         for outcome in ["done", "failed", "interrupted"] {
             assert!(ends.get(&(verb, outcome)).is_some_and(|n| *n > 3), "{verb} {outcome}: {ends:?}");
         }

@@ -11,7 +11,7 @@ use crate::model::{Mark, Outcome, Slot, Status, Verb, VolumeId};
 
 /// Where the daemon dies.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Die {
+pub(super) enum Die {
     /// The journal has it, nothing else happened.
     Journaled,
     /// Directly before the cloud does it.
@@ -24,7 +24,7 @@ enum Die {
     AfterEnd,
 }
 
-const DEATHS: [Die; 5] = [Die::Journaled, Die::BeforeCall, Die::AfterCall, Die::BeforeEnd, Die::AfterEnd];
+pub(super) const DEATHS: [Die; 5] = [Die::Journaled, Die::BeforeCall, Die::AfterCall, Die::BeforeEnd, Die::AfterEnd];
 
 impl Die {
     fn script(self, lab: &Lab, call: At) {
@@ -37,13 +37,20 @@ impl Die {
         }
     }
 
-    fn happened(self) -> bool {
+    pub(super) fn happened(self) -> bool {
         matches!(self, Die::AfterCall | Die::BeforeEnd | Die::AfterEnd)
     }
 }
 
 /// Runs `action` into its death and starts anew; answers the new engine, settled.
-async fn die(lab: &Lab, engine: &Arc<Engine>, target: Target, action: Action, die: Die, call: At) -> Arc<Engine> {
+pub(super) async fn die(
+    lab: &Lab,
+    engine: &Arc<Engine>,
+    target: Target,
+    action: Action,
+    die: Die,
+    call: At,
+) -> Arc<Engine> {
     let life = lab.life();
     die.script(lab, call);
     let left = lab.go(engine, target, action);
@@ -56,30 +63,38 @@ async fn die(lab: &Lab, engine: &Arc<Engine>, target: Target, action: Action, di
     engine
 }
 
-async fn settled(lab: &Lab, engine: &Arc<Engine>) {
+pub(super) async fn settled(lab: &Lab, engine: &Arc<Engine>) {
     lab.until("settled", |s| s.record.ops.values().all(|o| o.ended.is_some())).await;
     lab.until_world(engine, "settled", |w| {
         w.volumes.values().all(|v| v.running.is_none() && v.base != Status::Unknown)
             && w.jobs.values().all(|j| j.running.is_none() && j.creating.is_empty())
     })
     .await;
-    for taking in ["cloud detach", "cloud delete", "cloud resize", "cloud create", "cloud attach"] {
+    for taking in [
+        "cloud detach",
+        "cloud delete",
+        "cloud resize",
+        "cloud create",
+        "cloud attach",
+        "cloud snapshot ",
+        "cloud revert",
+    ] {
         assert_eq!(lab.count(taking), 0, "r10: recovery called {taking}");
     }
     assert_eq!(lab.state().sky.violations, Vec::<String>::new());
 }
 
-fn outcome(lab: &Lab, verb: Verb) -> Outcome {
+pub(super) fn outcome(lab: &Lab, verb: Verb) -> Outcome {
     let state = lab.state();
     let op = state.record.ops.values().rev().find(|o| o.verb == verb).unwrap();
     op.ended.clone().unwrap().0
 }
 
-fn expected(die: Die) -> Outcome {
+pub(super) fn expected(die: Die) -> Outcome {
     if die.happened() { Outcome::Done } else { Outcome::Interrupted }
 }
 
-struct Scene {
+pub(super) struct Scene {
     lab: Lab,
     engine: Arc<Engine>,
     job: crate::model::JobRow,

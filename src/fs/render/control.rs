@@ -3,12 +3,15 @@
 //! An editor writes back what it has read, and bash's `echo "$text" > control` does so in a write a
 //! line: so neither the text nor any line of it is a command. No verb ends with a colon.
 
+use std::collections::BTreeSet;
+
 use uuid::Uuid;
 
 use super::super::tree::View;
 use super::escape;
 use crate::command::Action;
 use crate::engine::Target;
+use crate::engine::world::Volume;
 use crate::error::Errno;
 use crate::model::{DiskName, DiskRow, JobId, JobRow, OpId, SnapshotName, VolumeId};
 
@@ -38,9 +41,21 @@ fn actions(view: &View<'_>, target: Target) -> Result<Vec<Action>, Errno> {
     })
 }
 
-/// The name of a snapshot there could be.
-fn snapshot() -> Option<SnapshotName> {
-    SnapshotName::parse("NAME").ok()
+/// The three verbs on snapshots: a new one's name, and that of one there is.
+fn snapshots<'a>(taken: impl Iterator<Item = &'a Volume>) -> Vec<Action> {
+    let there: BTreeSet<SnapshotName> = taken.flat_map(|v| v.snapshots.ours()).map(|(_, s)| s.name.clone()).collect();
+    let mut n = 0u32;
+    let names = std::iter::repeat_with(|| {
+        n += 1;
+        SnapshotName::parse(&format!("new-{n}")).ok()
+    });
+    let free = names.flatten().find(|name| !there.contains(name));
+    let old = there.first().cloned().or_else(|| SnapshotName::parse("NAME").ok());
+    let mut all = Vec::new();
+    all.extend(free.map(|name| Action::Snapshot { name, crash: false }));
+    all.extend(old.clone().map(|name| Action::Revert { name }));
+    all.extend(old.map(|name| Action::DeleteSnapshot { name }));
+    all
 }
 
 fn other_job(view: &View<'_>, than: JobRow) -> Option<JobId> {
@@ -62,20 +77,12 @@ fn job(view: &View<'_>, row: JobRow) -> Result<Vec<Action>, Errno> {
     all.push(Action::Claim { volume: any, disk: None, from: None });
     all.push(Action::Attach { vm: None, slot: None });
     all.push(Action::Detach { vm: None, force: false });
-    all.extend(snapshots());
+    let volumes = job.disks.values().filter_map(|r| view.volume(*r).ok());
+    all.extend(snapshots(volumes.map(|v| &**v)));
     all.extend(other_job(view, row).map(|job| Action::Move { job }));
     all.push(Action::Destroy { job: job.id.clone() });
     all.push(Action::Cancel { id: None });
     Ok(all)
-}
-
-fn snapshots() -> impl Iterator<Item = Action> {
-    let make: [fn(SnapshotName) -> Action; 3] = [
-        |name| Action::Snapshot { name, crash: false },
-        |name| Action::Revert { name },
-        |name| Action::DeleteSnapshot { name },
-    ];
-    make.into_iter().filter_map(|make| snapshot().map(make))
 }
 
 fn volume(view: &View<'_>, row: DiskRow) -> Result<Vec<Action>, Errno> {
@@ -85,7 +92,7 @@ fn volume(view: &View<'_>, row: DiskRow) -> Result<Vec<Action>, Errno> {
         Action::Detach { vm: None, force: false },
         Action::Resize { size: v.size.saturating_add(1) },
     ];
-    all.extend(snapshots());
+    all.extend(snapshots([&**v].into_iter()));
     all.push(Action::Delete { volume: v.uuid, expunge: false });
     all.push(Action::Release { volume: v.uuid });
     all.extend(other_job(view, v.job).map(|job| Action::Move { job }));

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::super::tree::View;
-use crate::engine::world::{ErrorText, HistoryRow, Operation, Volume};
+use crate::engine::world::{ErrorText, HistoryRow, Operation, Snapshot, Volume};
 use crate::model::{Caller, Mark, Timestamp};
 
 fn time(at: Timestamp) -> String {
@@ -64,6 +64,22 @@ pub fn operation(op: &Operation) -> String {
     format!("{}\n", operation_value(op))
 }
 
+fn snapshot_value(s: &Snapshot) -> Value {
+    json!({
+        "name": s.name.as_str(),
+        "id": s.id,
+        "ours": s.row.is_some(),
+        "state": (!s.state.is_empty()).then_some(&*s.state),
+        "size": (s.size > 0).then_some(s.size),
+        "created": s.created.map(time),
+    })
+}
+
+/// `snapshots/NAME`: as last seen. What the cloud has not told is null.
+pub fn snapshot(s: &Snapshot) -> String {
+    format!("{}\n", snapshot_value(s))
+}
+
 /// `info.json`: as last verified, one consistent snapshot.
 pub fn volume(view: &View<'_>, v: &Volume) -> String {
     let world = view.world;
@@ -97,7 +113,7 @@ pub fn volume(view: &View<'_>, v: &Volume) -> String {
         "operation": running,
         "error": v.error.as_deref().map(error),
         "history": v.history.iter().map(|h| history(h)).collect::<Vec<_>>(),
-        "snapshots": [],
+        "snapshots": v.snapshots.iter().map(snapshot_value).collect::<Vec<_>>(),
         "owned_since": time(v.times.owned),
         "status_since": time(v.times.status),
         "seen": time(world.at),

@@ -51,6 +51,7 @@ pub fn text(view: &View<'_>, node: Node) -> Result<String, Errno> {
         Node::Volume(row, file) => volume(view, row, file)?,
         Node::Control(target, _) => control::text(view, target)?,
         Node::Operation(id) => info::operation(world.operations.get(&id).ok_or(Errno::ESTALE)?),
+        Node::Snapshot(_) | Node::ForeignSnapshot(_) => info::snapshot(view.snapshot(node)?),
         Node::Unclaimed(hash, file) => {
             let (_, u) = view.unclaimed(hash)?;
             match file {

@@ -61,7 +61,7 @@ fn st_size_is_the_length_of_every_file() {
     w.operations.insert(OpId(4), Arc::new(operation(4, Verb::Attach)));
     let a = Asked::new(w);
     let mut paths = vec!["operations/4".to_owned(), v1("info.json"), v1("history"), v1("control")];
-    for dir in ["", "jobs/a", &format!("unclaimed/{}", vol(4)), &format!("jobs/a/volumes/{}", vol(1))] {
+    for dir in ["", "jobs/a", &format!("unclaimed/{}", vol(4)), &v1(""), &v1("snapshots")] {
         paths.extend(a.names(dir).unwrap().iter().map(|n| format!("{dir}/{n}")));
     }
     let mut seen = 0;
@@ -255,6 +255,38 @@ fn info_json_holds_everything_and_the_operations_step() {
     assert_eq!(op, info["operation"]);
     assert_eq!(op["caller"]["pid"], 4711);
     assert!(op["ended"].is_null());
+}
+
+#[test]
+fn a_snapshot_is_one_line_of_json_the_same_as_in_info_json_and_null_is_what_was_not_told() {
+    let w = world();
+    let info: serde_json::Value = serde_json::from_str(&of(w.clone(), &v1("info.json"))).unwrap();
+    let mut all = Vec::new();
+    for name in ["before-test", "daily"] {
+        let text = of(w.clone(), &v1(&format!("snapshots/{name}")));
+        assert_eq!(text.matches('\n').count(), 1, "{text}");
+        all.push(serde_json::from_str::<serde_json::Value>(&text).unwrap());
+    }
+    assert_eq!(info["snapshots"], serde_json::Value::Array(all.clone()));
+    let expected = serde_json::json!({"name": "before-test", "id": snap(31), "ours": true, "state": "BackedUp",
+        "size": 1u64 << 30, "created": "2023-11-14T22:13:20Z"});
+    assert_eq!(all[0], expected);
+    let expected = serde_json::json!({"name": "daily", "id": snap(32), "ours": false, "state": null, "size": null,
+        "created": null});
+    assert_eq!(all[1], expected);
+}
+
+#[test]
+fn control_asks_with_a_snapshots_name_that_is_there_and_with_one_that_is_free() {
+    let a = Asked::new(world());
+    for path in [v1("control"), "jobs/a/control".into()] {
+        a.text(&path).unwrap();
+        let asked = std::mem::take(&mut *a.fake.asked.lock());
+        let spelled: Vec<String> = asked.iter().map(crate::command::spell).collect();
+        for expected in ["snapshot new-1", "revert before-test", "delete-snapshot before-test"] {
+            assert!(spelled.iter().any(|s| s == expected), "{path}: {spelled:?}");
+        }
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 use super::*;
-use crate::fs::testing::{Asked, HOST, OTHER_VM, add_volume, edit, operation, vm, vol, world};
-use crate::model::{OpId, Verb};
+use crate::fs::testing::{Asked, HOST, OTHER_VM, add_snapshot, add_volume, edit, operation, snap, vm, vol, world};
+use crate::model::{OpId, SnapRow, Verb};
 
 fn asked() -> Asked {
     Asked::new(world())
@@ -182,6 +182,41 @@ fn what_was_released_moved_or_forgotten_is_stale() {
     assert_eq!(lookup(&a.view(), Node::Volume(DiskRow(12), VolumeFile::Dir), "status"), Err(Errno::ESTALE));
     assert_eq!(list(&a.view(), Node::Volume(DiskRow(12), VolumeFile::Dir)), Err(Errno::ESTALE));
     assert!(a.find(&format!("jobs/b/volumes/{}/status", vol(2))).is_ok());
+}
+
+#[test]
+fn a_snapshot_is_a_file_of_its_volume_under_an_id_of_its_own_and_ends_as_stale() {
+    let a = asked();
+    let dir = format!("jobs/a/volumes/{}/snapshots", vol(1));
+    assert_eq!(a.names(&dir).unwrap(), ["before-test", "daily"]);
+    let ours = a.find(&format!("{dir}/before-test")).unwrap();
+    let foreign = a.find(&format!("{dir}/daily")).unwrap();
+    assert_eq!((ours, foreign), (Node::Snapshot(SnapRow(31)), Node::ForeignSnapshot(Hash40::of(snap(32).0))));
+    for node in [ours, foreign] {
+        assert_eq!((node.kind(), node.mode(), Node::parse(node.id())), (Kind::File, 0o444, Some(node)));
+        assert_eq!(meta(&a.view(), node), Ok((Some(crate::fs::testing::at(21)), None)));
+    }
+    for none in ["daily2", ".", "a b", &snap(31).to_string()] {
+        assert_eq!(a.find(&format!("{dir}/{none}")), Err(Errno::ENOENT), "{none}");
+    }
+    assert_eq!(a.names(&format!("jobs/a/volumes/{}/snapshots", vol(2))).unwrap(), [""; 0]);
+    assert_eq!(lookup(&a.view(), Node::Volume(DiskRow(99), VolumeFile::Snapshots), "daily"), Err(Errno::ESTALE));
+    // Deleted, and another taken of the same name: it is another file.
+    let mut w = world();
+    edit(&mut w, 11, |v| {
+        v.snapshots = Default::default();
+        v.times.snapshots = crate::fs::testing::at(50);
+    });
+    w.snapshots.clear();
+    w.foreign_snapshots.clear();
+    add_snapshot(&mut w, 11, 33, "before-test", true);
+    let a = Asked::new(w);
+    for node in [ours, foreign] {
+        assert_eq!(meta(&a.view(), node), Err(Errno::ESTALE));
+    }
+    assert_eq!(a.find(&format!("{dir}/before-test")), Ok(Node::Snapshot(SnapRow(33))));
+    let (time, _) = meta(&a.view(), a.find(&dir).unwrap()).unwrap();
+    assert_eq!(time, Some(crate::fs::testing::at(50)));
 }
 
 #[test]

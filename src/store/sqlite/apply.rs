@@ -32,6 +32,8 @@ fn kind(change: &Change) -> &'static str {
         Change::DiskEnd { .. } => "DiskEnd",
         Change::MappingSet(_) => "MappingSet",
         Change::MappingEnd { .. } => "MappingEnd",
+        Change::SnapshotAdd { .. } => "SnapshotAdd",
+        Change::SnapshotGone { .. } => "SnapshotGone",
         Change::OpBegin(_) => "OpBegin",
         Change::OpStep { .. } => "OpStep",
         Change::OpEnd { .. } => "OpEnd",
@@ -153,6 +155,20 @@ fn dispatch(conn: &Connection, change: &Change) -> Applied {
         Change::MappingEnd { volume } => {
             run(conn, "DELETE FROM device_mappings WHERE volume_uuid = ?1", params![volume.to_string()]).map(drop)
         }
+        Change::SnapshotAdd { row, volume, snapshot, name, size, created } => run(
+            conn,
+            "INSERT INTO volume_snapshots (id, volume_uuid, snapshot_id, name, size, created_at)
+                VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            params![row.0, volume.to_string(), snapshot.to_string(), name.as_str(), signed("size", *size)?, created.0],
+        )
+        .map(drop),
+        // Seen gone twice, by a look and by its own operation: the first time stands.
+        Change::SnapshotGone { row, at } => one(
+            conn,
+            "UPDATE volume_snapshots SET deleted_at = coalesce(deleted_at, ?2) WHERE id = ?1",
+            params![row.0, at.0],
+            || format!("there is no snapshot {row}"),
+        ),
         Change::OpBegin(op) => op_begin(conn, op),
         Change::OpStep { id, step, detail } => one(
             conn,

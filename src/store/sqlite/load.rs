@@ -10,9 +10,9 @@ use super::opening::unusable;
 use super::schema;
 use crate::model::{
     BootId, Caller, DevNo, DiskName, DiskRow, Fence, Incarnation, JobId, JobRow, MapRow, OpId, Outcome, RecordId,
-    Status, Timestamp, Verb, VmId, VolumeId, VolumeRow,
+    SnapRow, SnapshotId, SnapshotName, Status, Timestamp, Verb, VmId, VolumeId, VolumeRow,
 };
-use crate::store::{DiskLoaded, JobLoaded, Loaded, MappedDevice, MappingRow, Next, OpRow, StoreError};
+use crate::store::{DiskLoaded, JobLoaded, Loaded, MappedDevice, MappingRow, Next, OpRow, SnapshotLoaded, StoreError};
 
 /// A value that the schema let in and our words do not know.
 #[derive(Debug)]
@@ -93,6 +93,16 @@ fn read(conn: &Connection, history: usize) -> rusqlite::Result<Loaded> {
             [],
             disk,
         )?,
+        snapshots: all(&tx, "SELECT * FROM volume_snapshots WHERE deleted_at IS NULL ORDER BY id", [], |r| {
+            Ok(SnapshotLoaded {
+                row: SnapRow(r.get("id")?),
+                volume: word(r, "volume_uuid", |t| VolumeId::parse(t).ok())?,
+                snapshot: word(r, "snapshot_id", |t| SnapshotId::parse(t).ok())?,
+                name: word(r, "name", |t| SnapshotName::parse(t).ok())?,
+                size: unsigned(r, "size")?,
+                created: time(r, "created_at")?,
+            })
+        })?,
         loose: all(
             &tx,
             "SELECT volume_id FROM ossea_volumes v WHERE gone_at IS NULL
@@ -117,6 +127,7 @@ fn read(conn: &Connection, history: usize) -> rusqlite::Result<Loaded> {
             disk: next(&tx, "vm_disks")?,
             mapping: next(&tx, "device_mappings")?,
             operation: next(&tx, "volume_operations")?,
+            snapshot: next(&tx, "volume_snapshots")?,
             epoch: tx.query_row("SELECT value FROM meta WHERE key = 'epoch'", [], |r| {
                 word(r, "value", |t| t.parse::<u64>().ok()?.checked_add(1))
             })?,

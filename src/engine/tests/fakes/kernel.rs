@@ -111,6 +111,22 @@ impl Devices for Fake {
         }
     }
 
+    fn flush(&self, disk: &Disk, crash: bool) -> Result<(), DevicesError> {
+        if self.dead() {
+            return self.gone_daemon();
+        }
+        self.lab.say(format!("flush {}{}", disk.name, if crash { " crash" } else { "" }));
+        let device = disk.name.to_string();
+        let mut state = self.lab.state();
+        if let Some(Held::NotFlushed) = state.kernel.holds.pop_front() {
+            return Err(DevicesError::Flush { device, words: "fake: EIO".into() });
+        }
+        match state.kernel.writers.get(&disk.dev) {
+            Some(holders) if !crash => Err(DevicesError::InUse { device, holders: holders.clone() }),
+            _ => Ok(()),
+        }
+    }
+
     fn holders(&self, dev: DevNo) -> Result<Vec<Holder>, DevicesError> {
         Ok(self.lab.state().kernel.holders.get(&dev).cloned().unwrap_or_default())
     }

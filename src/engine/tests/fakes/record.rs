@@ -126,6 +126,23 @@ impl Record {
                 self.mappings.insert(mapping.volume, mapping);
             }
             Change::MappingEnd { volume } => drop(self.mappings.remove(&volume)),
+            Change::SnapshotAdd { row, volume, snapshot, name, size, created } => {
+                self.volume(volume)?;
+                let clash = |s: &Snap| {
+                    let l = &s.loaded;
+                    l.row == row || l.snapshot == snapshot || (l.volume == volume && l.name == name && !s.gone)
+                };
+                if self.snapshots.values().any(clash) {
+                    return constraint(format!("snapshot {name} is there"));
+                }
+                self.used(5, row.0);
+                let loaded = SnapshotLoaded { row, volume, snapshot, name, size, created };
+                self.snapshots.insert(row, Snap { loaded, gone: false });
+            }
+            Change::SnapshotGone { row, .. } => match self.snapshots.get_mut(&row) {
+                Some(snapshot) => snapshot.gone = true,
+                None => return constraint(format!("no snapshot {row}")),
+            },
             Change::OpBegin(op) => {
                 if self.ops.contains_key(&op.id) || op.volume.is_some_and(|v| !self.volumes.contains_key(&v)) {
                     return constraint(format!("operation {} twice, or of no volume", op.id));
@@ -275,6 +292,7 @@ impl Store for Fake {
             record: self.lab.record_id(),
             jobs,
             disks,
+            snapshots: r.snapshots.values().filter(|s| !s.gone).map(|s| s.loaded.clone()).collect(),
             loose,
             volume_rows: r.volumes.iter().map(|(id, v)| (*id, v.row)).collect(),
             unfinished: r.ops.values().filter(|o| o.ended.is_none()).cloned().collect(),
@@ -285,6 +303,7 @@ impl Store for Fake {
                 disk: r.high[2] + 1,
                 mapping: r.high[3] + 1,
                 operation: r.high[4] + 1,
+                snapshot: r.high[5] + 1,
                 epoch: r.epoch + 1,
             },
         })

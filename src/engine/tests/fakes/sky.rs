@@ -6,6 +6,40 @@ fn refused<T>(why: Refusal, words: &str) -> Result<T, CloudError> {
     Err(CloudError::Refused { why, words: words.into() })
 }
 
+pub fn snapshot(name: &str) -> Action {
+    Action::Snapshot { name: SnapshotName::parse(name).unwrap(), crash: false }
+}
+
+pub fn revert(name: &str) -> Action {
+    Action::Revert { name: SnapshotName::parse(name).unwrap() }
+}
+
+pub fn delete_snapshot(name: &str) -> Action {
+    Action::DeleteSnapshot { name: SnapshotName::parse(name).unwrap() }
+}
+
+impl Lab {
+    /// A snapshot that somebody else took.
+    pub fn foreign_snapshot(&self, volume: VolumeId, name: &str) -> SnapshotId {
+        let snapshot = CloudSnapshot {
+            id: SnapshotId::random(),
+            name: name.into(),
+            state: "BackedUp".into(),
+            ready: true,
+            size: GIB,
+            created: Some(Timestamp(5)),
+        };
+        let id = snapshot.id;
+        self.state().sky.snapshots.entry(volume).or_default().push(snapshot);
+        id
+    }
+
+    /// The ids of a volume's snapshots in the cloud.
+    pub fn snapshots_of(&self, volume: VolumeId) -> Vec<SnapshotId> {
+        self.state().sky.snapshots.get(&volume).map_or(Vec::new(), |all| all.iter().map(|s| s.id).collect())
+    }
+}
+
 #[async_trait]
 impl Cloud for Fake {
     fn about(&self) -> &About {
@@ -199,6 +233,85 @@ impl Cloud for Fake {
                 return refused(Refusal::Mark(found), "fake: another mark");
             }
             v.mark = new;
+            Ok(())
+        })
+        .await
+    }
+
+    async fn running(&self, _: Fence) -> Result<Option<String>, CloudError> {
+        self.call(At::Running, "cloud running".into(), |lab| Ok(lab.state().sky.running.clone())).await
+    }
+
+    async fn snapshot(&self, call: &Call, volume: VolumeId, name: &SnapshotName) -> Result<CloudSnapshot, CloudError> {
+        self.call(At::Snapshot, format!("cloud snapshot {volume}"), |lab| {
+            let mut state = lab.state();
+            let record = lab.record_id();
+            let sky = &mut state.sky;
+            let Some(v) = sky.volumes.get(&volume) else {
+                return refused(Refusal::NoVolume, "fake: no such volume");
+            };
+            if v.mark.is_none_or(|m| m.record != record) {
+                sky.violations.push(format!("snapshot of {volume}, which is not ours"));
+            }
+            let all = sky.snapshots.entry(volume).or_default();
+            if let Some(id) = sky.taken.get(&call.fence()) {
+                return Ok(all.iter().find(|s| s.id == *id).cloned().unwrap());
+            }
+            let snapshot = CloudSnapshot {
+                id: SnapshotId::random(),
+                name: format!("volfs-{}-{name}", call.fence()),
+                state: if sky.unready { "Error".into() } else { "BackedUp".into() },
+                ready: !sky.unready,
+                size: v.size,
+                created: Some(Timestamp(7)),
+            };
+            sky.taken.insert(call.fence(), snapshot.id);
+            all.push(snapshot.clone());
+            Ok(snapshot)
+        })
+        .await
+    }
+
+    async fn find_snapshot(&self, volume: VolumeId, fence: Fence) -> Result<Option<CloudSnapshot>, CloudError> {
+        self.call(At::FindSnapshot, format!("cloud find_snapshot {volume}"), |lab| {
+            let state = lab.state();
+            let id = state.sky.taken.get(&fence);
+            let all = state.sky.snapshots.get(&volume).into_iter().flatten();
+            Ok(id.and_then(|id| all.clone().find(|s| s.id == *id)).cloned())
+        })
+        .await
+    }
+
+    async fn snapshots(&self, volume: VolumeId) -> Result<Vec<CloudSnapshot>, CloudError> {
+        self.call(At::Snapshots, format!("cloud snapshots {volume}"), |lab| {
+            Ok(lab.state().sky.snapshots.get(&volume).cloned().unwrap_or_default())
+        })
+        .await
+    }
+
+    async fn revert(&self, _: &Call, volume: VolumeId, snapshot: SnapshotId) -> Result<(), CloudError> {
+        self.call(At::Revert, format!("cloud revert {volume}"), |lab| {
+            let mut state = lab.state();
+            let record = lab.record_id();
+            let sky = &mut state.sky;
+            let ours = sky.taken.values().any(|id| *id == snapshot);
+            let v = sky.volumes.get(&volume);
+            if !ours || v.is_none_or(|v| v.attached.is_some() || v.mark.is_none_or(|m| m.record != record)) {
+                sky.violations.push(format!("revert of {volume}: attached, or not ours"));
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn delete_snapshot(&self, _: &Call, volume: VolumeId, snapshot: SnapshotId) -> Result<(), CloudError> {
+        self.call(At::DeleteSnapshot, format!("cloud delete_snapshot {volume}"), |lab| {
+            let mut state = lab.state();
+            let sky = &mut state.sky;
+            if sky.taken.values().all(|id| *id != snapshot) {
+                sky.violations.push(format!("a foreign snapshot of {volume} is deleted"));
+            }
+            sky.snapshots.entry(volume).or_default().retain(|s| s.id != snapshot);
             Ok(())
         })
         .await

@@ -25,7 +25,10 @@ fn refused(store: &SqliteStore, batch: Vec<Change>, words: &str) {
 fn a_new_record_is_empty_and_keeps_its_id() {
     let (dir, store) = fresh();
     let first = store.load(10).unwrap();
-    assert_eq!(first.next, crate::store::Next { job: 1, volume: 1, disk: 1, mapping: 1, operation: 1, epoch: 1 });
+    assert_eq!(
+        first.next,
+        crate::store::Next { job: 1, volume: 1, disk: 1, mapping: 1, operation: 1, snapshot: 1, epoch: 1 }
+    );
     assert!(first.jobs.is_empty() && first.disks.is_empty() && first.loose.is_empty() && first.history.is_empty());
     let (_store, again) = reloaded(&dir, store);
     assert_eq!(again, first);
@@ -290,6 +293,46 @@ fn a_disks_incarnation_is_one_volumes_alone() {
     put(&store, vec![Change::MappingSet(mapping(2, 2, "loop3", 10))]);
 }
 
+fn snapshot_add(row: i64, volume: u128, name: &str) -> Change {
+    Change::SnapshotAdd {
+        row: SnapRow(row),
+        volume: vol(volume),
+        snapshot: SnapshotId(uuid::Uuid::from_u128(0x5a00 + u128::try_from(row).unwrap())),
+        name: SnapshotName::parse(name).unwrap(),
+        size: 1 << 30,
+        created: at(row),
+    }
+}
+
+#[test]
+fn a_snapshots_name_is_its_volumes_alone_while_it_is_there_and_its_row_is_never_used_again() {
+    let (dir, store) = fresh();
+    put(&store, vec![volume_add(1), volume_add(2), snapshot_add(1, 1, "s"), snapshot_add(2, 2, "s")]);
+    refused(&store, vec![snapshot_add(3, 1, "s")], "volume_snapshots.name");
+    let (store, loaded) = reloaded(&dir, store);
+    let first = SnapshotLoaded {
+        row: SnapRow(1),
+        volume: vol(1),
+        snapshot: SnapshotId(uuid::Uuid::from_u128(0x5a01)),
+        name: SnapshotName::parse("s").unwrap(),
+        size: 1 << 30,
+        created: at(1),
+    };
+    assert_eq!((loaded.snapshots.len(), &loaded.snapshots[0]), (2, &first), "also of volumes in no job");
+    put(&store, vec![Change::SnapshotGone { row: SnapRow(1), at: at(5) }]);
+    // Seen gone by a look and by its own operation.
+    put(&store, vec![Change::SnapshotGone { row: SnapRow(1), at: at(6) }]);
+    refused(&store, vec![snapshot_add(1, 1, "s")], "volume_snapshots.id");
+    put(&store, vec![snapshot_add(3, 1, "s")]);
+    let (store, loaded) = reloaded(&dir, store);
+    assert_eq!(loaded.snapshots.iter().map(|s| s.row).collect::<Vec<_>>(), [SnapRow(2), SnapRow(3)]);
+    assert_eq!(loaded.next.snapshot, 4);
+    drop(store);
+    let conn = rusqlite::Connection::open(dir.path().join("volfs.db")).unwrap();
+    let gone: i64 = conn.query_row("SELECT deleted_at FROM volume_snapshots WHERE id = 1", [], |r| r.get(0)).unwrap();
+    assert_eq!(gone, at(5).0, "kept, with the time it was first seen gone");
+}
+
 #[test]
 fn a_change_to_what_is_not_there_is_refused() {
     let (_dir, store) = fresh();
@@ -318,6 +361,8 @@ fn a_change_to_what_is_not_there_is_refused() {
         Change::OpStep { id: OpId(9), step: "x".into(), detail: "".into() },
         done(9),
         Change::OpVolume { id: OpId(9), volume: vol(9) },
+        snapshot_add(1, 9, "s"),
+        Change::SnapshotGone { row: SnapRow(9), at: at(1) },
         Change::VolumeAdd { row: VolumeRow(1), volume: vol(1), name: "x".into(), size: u64::MAX, at: at(1) },
     ] {
         let shown = format!("{change:?}");

@@ -6,10 +6,10 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::model::{
-    BootId, Caller, DevNo, DiskName, DiskRow, Fence, Incarnation, JobId, JobRow, MapRow, OpId, Outcome, Status,
-    Timestamp, Verb, VmId, VolumeId, VolumeRow,
+    BootId, Caller, DevNo, DiskName, DiskRow, Fence, Incarnation, JobId, JobRow, MapRow, OpId, Outcome, SnapRow,
+    SnapshotId, SnapshotName, Status, Timestamp, Verb, VmId, VolumeId, VolumeRow,
 };
-use crate::store::{MappedDevice, MappingRow, OpRow};
+use crate::store::{MappedDevice, MappingRow, OpRow, SnapshotLoaded};
 
 mod changes;
 mod durability;
