@@ -2,7 +2,7 @@
 
 use fakecloud::loops::loops_tagged;
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::{Duration, Instant};
 
 use fakecloud::{DeviceFault, FakeCloud, Identity, Options};
@@ -63,7 +63,7 @@ fn an_attached_volume_is_a_loop_device_until_it_is_detached_and_the_cloud_leaves
 }
 
 #[test]
-fn no_process_shows_a_descriptor_of_a_plugged_device() {
+fn a_plugged_device_has_no_user_that_a_look_at_processes_would_find() {
     if !have_loops() {
         return;
     }
@@ -73,6 +73,8 @@ fn no_process_shows_a_descriptor_of_a_plugged_device() {
     for entry in std::fs::read_dir("/proc/self/fd").unwrap().flatten() {
         assert_ne!(std::fs::read_link(entry.path()).unwrap_or_default(), node);
     }
+    // Nor is it in anybody's exclusive use.
+    OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(&node).unwrap();
 }
 
 #[test]
