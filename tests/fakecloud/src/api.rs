@@ -65,7 +65,8 @@ pub(crate) fn handle(core: &Arc<Core>, method: &str, params: Params) -> Answer {
 fn answer(core: &Arc<Core>, method: &str, command: &str, params: &Params, kinds: &[Kind]) -> Answer {
     for kind in kinds {
         let refusal = match kind {
-            Kind::DropBefore => return Answer::dropped(),
+            Kind::DropBefore => return Answer::without(End::Dropped),
+            Kind::Reset { acted: false } => return Answer::without(End::Reset),
             Kind::DelayBefore(time) => {
                 core.wait(&mut core.world.lock(), *time);
                 continue;
@@ -92,6 +93,7 @@ fn answer(core: &Arc<Core>, method: &str, command: &str, params: &Params, kinds:
     for kind in kinds {
         match kind {
             Kind::DropAfter => answer.end = End::Dropped,
+            Kind::Reset { acted: true } => answer.end = End::Reset,
             Kind::DelayAfter(time) => {
                 core.wait(&mut core.world.lock(), *time);
             }

@@ -174,8 +174,7 @@ impl Core {
 
     /// The volumes as they are, with the pending jobs that they show.
     pub fn view(&self, world: &World) -> View {
-        let pending = |v: &Volume| world.pending(&v.id).map(|job| (v.id.clone(), job.id.clone()));
-        View { pending: world.volumes.values().filter_map(pending).collect(), volumes: world.volumes.clone() }
+        View { pending: world.pending(), volumes: world.volumes.clone() }
     }
 
     /// Ends connections, jobs and devices; the listener is the caller's.

@@ -83,6 +83,11 @@ pub enum Kind {
     DropBefore,
     /// The request is done and its answer never sent.
     DropAfter,
+    /// The connection is reset (RST). `acted`: the request was done all the same.
+    Reset {
+        /// Whether the request was done.
+        acted: bool,
+    },
     /// As long before anything is done.
     DelayBefore(Duration),
     /// As long between doing and answering.

@@ -15,6 +15,8 @@ const HEADER: usize = 8192;
 const BODY: usize = 1 << 20;
 /// The connector's idle time.
 const IDLE: Duration = Duration::from_secs(30);
+/// How long a refused client may take to see it.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// An answer on its way.
 #[derive(Debug)]
@@ -32,6 +34,8 @@ pub(crate) enum End {
     Kept,
     /// Closed without an answer.
     Dropped,
+    /// Reset without an answer.
+    Reset,
     /// Closed after half of the body.
     Truncated,
 }
@@ -47,8 +51,8 @@ impl Answer {
         Answer { status, content: "text/html", body: body.into_bytes(), end: End::Kept }
     }
 
-    pub fn dropped() -> Self {
-        Answer { end: End::Dropped, ..Answer::html(0) }
+    pub fn without(end: End) -> Self {
+        Answer { end, ..Answer::html(0) }
     }
 }
 
@@ -63,9 +67,11 @@ pub(crate) fn serve(core: &Arc<Core>, listener: &TcpListener) {
         let of_the_thread = Arc::clone(core);
         let number = core.connected(copy);
         core.spawn("fakecloud-http", move || {
-            // A client that goes is no event.
-            let _ = converse(&of_the_thread, &stream);
-            let _ = stream.shutdown(Shutdown::Both);
+            // A client that goes is no event. One that is to see a reset must not see an end first.
+            let reset = |e: io::Error| e.kind() == io::ErrorKind::ConnectionReset;
+            if !converse(&of_the_thread, &stream).is_err_and(reset) {
+                let _ = stream.shutdown(Shutdown::Both);
+            }
             of_the_thread.disconnected(number);
         });
     }
@@ -76,21 +82,30 @@ fn converse(core: &Arc<Core>, stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut buffer = Vec::new();
     while let Some((method, params, keep)) = request(stream, &mut buffer)? {
+        let refused = params.is_err();
         let answer = match params {
             Ok(params) => api::handle(core, &method, params),
             Err(status) => Answer::html(status),
         };
         if !write(stream, &answer, keep)? {
-            return Ok(());
+            return if refused { drain(stream) } else { Ok(()) };
         }
     }
     Ok(())
 }
 
-type Read1 = Option<(String, Result<Params, u16>, bool)>;
+/// Reads what a refused request still has on its way: closed with bytes unread, a connection is
+/// reset, and the client may never see the refusal.
+fn drain(stream: &TcpStream) -> io::Result<()> {
+    stream.shutdown(Shutdown::Write)?;
+    stream.set_read_timeout(Some(LINGER))?;
+    io::copy(&mut stream.take(4 << 20), &mut io::sink()).map(drop)
+}
+
+type Parsed = Option<(String, Result<Params, u16>, bool)>;
 
 /// Reads one request; `None` at the end of the connection. `buffer` keeps what came after it.
-fn request(mut stream: &TcpStream, buffer: &mut Vec<u8>) -> io::Result<Read1> {
+fn request(mut stream: &TcpStream, buffer: &mut Vec<u8>) -> io::Result<Parsed> {
     let mut chunk = [0; 4096];
     let (head, method, target, length, form, keep, expect) = loop {
         let mut headers = [httparse::EMPTY_HEADER; 64];
@@ -151,8 +166,14 @@ fn request(mut stream: &TcpStream, buffer: &mut Vec<u8>) -> io::Result<Read1> {
 
 /// Writes the answer; whether the connection goes on.
 fn write(mut stream: &TcpStream, answer: &Answer, keep: bool) -> io::Result<bool> {
-    if answer.end == End::Dropped {
-        return Ok(false);
+    match answer.end {
+        End::Dropped => return Ok(false),
+        End::Reset => {
+            // Closed with this, it is reset.
+            rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO))?;
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        End::Kept | End::Truncated => {}
     }
     let reason = match answer.status {
         200 => "OK",

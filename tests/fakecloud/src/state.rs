@@ -275,10 +275,14 @@ impl World {
         self.done.push(Done { effect, volume: volume.to_owned(), by_admin, at: Instant::now() });
     }
 
-    /// The pending job that listVolumes shows on a volume.
-    pub fn pending(&self, volume: &str) -> Option<&Job> {
-        let on = |job: &&Job| job.instance.as_ref().is_some_and(|(kind, id)| kind == "Volume" && id == volume);
-        self.jobs.values().filter(|job| !job.done()).find(on)
+    /// The pending jobs that listVolumes shows, by volume: one of several.
+    pub fn pending(&self) -> BTreeMap<String, String> {
+        let open = self.jobs.values().filter(|job| !job.done());
+        let on_volumes = open.filter_map(|job| match &job.instance {
+            Some((kind, volume)) if kind == "Volume" => Some((volume.clone(), job.id.clone())),
+            _ => None,
+        });
+        on_volumes.collect()
     }
 
     /// The lowest free device id from 1, without 3 (2.3).

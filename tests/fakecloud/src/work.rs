@@ -141,10 +141,7 @@ impl Run {
     fn result(&self, id: &str) -> Result<Value, Stop> {
         let world = self.core.world.lock();
         let volume = world.volumes.get(id).ok_or_else(|| gone(id))?;
-        let mut shown = shown::volume(&world, volume, false, None);
-        shown["jobid"] = self.id.as_str().into();
-        shown["jobstatus"] = 0.into();
-        Ok(json!({ "volume": shown }))
+        Ok(json!({ "volume": shown::volume(&world, volume, false, Some(&self.id)) }))
     }
 }
 

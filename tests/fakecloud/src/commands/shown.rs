@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use crate::fault::View;
 use crate::state::{Snapshot, Vm, Volume, World};
 use crate::time;
 
@@ -13,8 +12,8 @@ fn tags(tags: &BTreeMap<String, String>, kind: &str, id: &str, account: &str) ->
     tags.iter().map(one).collect()
 }
 
-/// A volume (2.1). `earlier` shows pending jobs as of another moment.
-pub(crate) fn volume(world: &World, volume: &Volume, admin: bool, earlier: Option<&View>) -> Value {
+/// A volume (2.1), with the pending job that it shows.
+pub(crate) fn volume(world: &World, volume: &Volume, admin: bool, pending: Option<&str>) -> Value {
     let zone = world.zones.iter().find(|z| z.id == volume.zone);
     let mut shown = json!({
         "id": volume.id,
@@ -61,10 +60,6 @@ pub(crate) fn volume(world: &World, volume: &Volume, admin: bool, earlier: Optio
             shown["attached"] = time::text(attached).into();
         }
     }
-    let pending = match earlier {
-        Some(view) => view.pending.get(&volume.id).cloned(),
-        None => world.pending(&volume.id).map(|job| job.id.clone()),
-    };
     if let Some(job) = pending {
         shown["jobid"] = job.into();
         shown["jobstatus"] = 0.into();

@@ -65,8 +65,9 @@ pub(super) fn list(call: &Call<'_>) -> Result<Value, Refusal> {
     let among_equals = |v: &Volume| if turn % 2 == 0 { u64::MAX - v.number } else { v.number };
     all.sort_by_key(|v| (std::cmp::Reverse(v.created), among_equals(v)));
     let no_tags = call.has(|k| matches!(k, Kind::TagsHidden));
+    let pending = stale.map_or_else(|| world.pending(), |view| view.pending.clone());
     let one = |v: &Volume| {
-        let mut shown = shown::volume(&world, v, call.account.admin, stale);
+        let mut shown = shown::volume(&world, v, call.account.admin, pending.get(&v.id).map(String::as_str));
         if no_tags {
             shown["tags"] = json!([]);
         }

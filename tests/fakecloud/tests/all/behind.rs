@@ -39,6 +39,10 @@ impl Hypervisor for Recorder {
         Ok(())
     }
 
+    fn end(&self) {
+        self.plugged.lock().clear();
+    }
+
     fn resized(&self, disk: &Plug) -> Result<(), String> {
         self.plugged.lock().iter_mut().filter(|p| p.key == disk.key).for_each(|p| p.size = disk.size);
         Ok(())
@@ -60,6 +64,26 @@ fn the_hosts_root_disk_is_plugged_from_the_start_and_others_never() {
     assert_eq!((root.device_id, root.kind.as_str()), (Some(0), "ROOT"));
     let there: Vec<_> = plugged.lock().iter().map(|p| p.volume.clone()).collect();
     assert_eq!(there, [root.id]);
+}
+
+#[test]
+fn the_end_of_the_cloud_is_told_to_the_hypervisor_once_nobody_has_the_cloud() {
+    let (cloud, plugged) = cloud();
+    let second = cloud.clone();
+    drop(cloud);
+    assert_eq!(plugged.lock().len(), 1);
+    drop(second);
+    assert!(plugged.lock().is_empty());
+}
+
+#[test]
+fn a_destroyed_volume_never_shows_its_vm() {
+    let (cloud, _) = cloud();
+    let id = create(&cloud, "v", "1");
+    attach(&cloud, &id);
+    cloud.change_volume(&id, |v| v.state = "Destroy".into()).unwrap();
+    assert!(call(&cloud, "listVolumes", &[("id", &id)])["volume"][0].get("virtualmachineid").is_none());
+    assert_eq!(call(&cloud, "listVolumes", &[("virtualmachineid", &cloud.host())])["count"], 1);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Faults on the wire.
 
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use fakecloud::{Effect, FakeCloud, Fault, Kind, Options};
@@ -28,6 +30,24 @@ fn a_connection_is_dropped_before_or_after_the_act() {
     assert_eq!(creation(&cloud, Kind::DropBefore), (0, String::new(), 0));
     assert_eq!(creation(&cloud, Kind::DropAfter), (0, String::new(), 1));
     create(&cloud, "then all is well", "1");
+}
+
+#[test]
+fn a_connection_is_reset_before_or_after_the_act() {
+    let cloud = cloud();
+    for (acted, made) in [(false, 0), (true, 1)] {
+        cloud.clear_log();
+        cloud.fault(Fault::new("createVolume", Kind::Reset { acted }));
+        let (zone, offering) = (cloud.zones()[0].id.clone(), cloud.offerings()[1].id.clone());
+        let form = form(&cloud, "createVolume", &[("zoneid", &zone), ("diskofferingid", &offering)]);
+        let mut stream = TcpStream::connect(cloud.address()).unwrap();
+        let length = form.len();
+        let head = "POST /client/api HTTP/1.1\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length:";
+        write!(stream, "{head} {length}\r\n\r\n{form}").unwrap();
+        let error = stream.read(&mut [0; 10]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        assert_eq!(cloud.effects(Effect::Created, None), made);
+    }
 }
 
 #[test]

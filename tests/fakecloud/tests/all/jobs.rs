@@ -212,6 +212,33 @@ fn a_restarted_server_ends_all_its_jobs_queued_ones_too() {
 }
 
 #[test]
+fn a_volume_that_was_being_created_is_allocated_again_after_a_restart() {
+    let cloud = cloud();
+    let id = create(&cloud, "v", "1");
+    cloud.set_delay("attachVolume", PATIENCE);
+    let job = call(&cloud, "attachVolume", &[("id", &id), ("virtualmachineid", &cloud.host())]);
+    assert!(cloud.wait_for(PATIENCE, |c| c.volume(&id).unwrap().state == "Creating"));
+    cloud.restart_server();
+    ended(&cloud, job["jobid"].as_str().unwrap());
+    assert_eq!(cloud.volume(&id).unwrap().state, "Allocated");
+}
+
+#[test]
+fn a_resize_shows_itself_while_it_works() {
+    let cloud = cloud();
+    let id = cloud.add_volume("v", 1 << 30).unwrap();
+    let job = held(&cloud, "resizeVolume", Moment::Working, &[("id", &id), ("size", "2")]);
+    let volume = shown(&cloud, &id);
+    assert_eq!(
+        (&volume["state"], &volume["size"], &volume["jobid"]),
+        (&"Resizing".into(), &(1u64 << 30).into(), &job.as_str().into())
+    );
+    cloud.release_jobs();
+    ended(&cloud, &job);
+    assert_eq!((&shown(&cloud, &id)["state"], &shown(&cloud, &id)["size"]), (&"Ready".into(), &(2u64 << 30).into()));
+}
+
+#[test]
 fn a_job_fails_before_or_after_its_effect() {
     let cloud = cloud();
     for (at, effects) in [(Moment::Working, 0), (Moment::Recorded, 1)] {

@@ -8,6 +8,7 @@ mod client;
 mod faults;
 mod jobs;
 mod loops;
+mod program;
 mod refusals;
 mod requests;
 mod snapshots;

@@ -49,6 +49,8 @@ fn a_request_without_a_right_signature_is_not_let_in() {
         let inner = json!({"uuidList": [], "errorcode": 401, "cserrorcode": 9999, "errortext": UNVERIFIED});
         assert_eq!(answer, json!({"listzonesresponse": inner}));
     }
+    // Even where both are signed.
+    assert_eq!(refused(&cloud, "listZones", &[("name", "a"), ("name", "a")]).0, 401);
 }
 
 #[test]
