@@ -274,7 +274,7 @@ impl Client {
             Kind::Read => left.min(self.0.timeout / 3),
             Kind::Write => left,
         };
-        self.send(command, params, algorithm, limit).await
+        self.send(command, params, algorithm, limit, kind).await
     }
 
     async fn send(
@@ -283,6 +283,7 @@ impl Client {
         params: &[(&str, &str)],
         algorithm: Algorithm,
         limit: Duration,
+        kind: Kind,
     ) -> Result<Value, Failure> {
         let keys = self.0.credentials.keys();
         let expires = sign::expires(Timestamp::from(SystemTime::now()));
@@ -295,7 +296,7 @@ impl Client {
             ("expires", expires.as_str()),
         ]);
         let signature = sign::signature(&all, keys.secret.expose(), algorithm);
-        let reply = self.0.transport.post(sign::body(&all, &signature), limit).await;
+        let reply = self.0.transport.post(sign::body(&all, &signature), limit, kind == Kind::Write).await;
         let result = reply.and_then(|reply| {
             let date = reply.date.clone();
             answer::read(reply).map_err(|failure| dated(failure, date.as_deref()))
@@ -322,7 +323,7 @@ impl Client {
         let mut refused = None;
         for algorithm in [Algorithm::Sha1, Algorithm::Sha512] {
             let left = end.saturating_duration_since(Instant::now());
-            match self.send(PROBE, &[], algorithm, left.min(self.0.timeout / 3)).await {
+            match self.send(PROBE, &[], algorithm, left.min(self.0.timeout / 3), Kind::Read).await {
                 Ok(_) => {
                     tracing::debug!("{} takes {algorithm}", self.endpoint());
                     *self.0.proven.lock() = Some(algorithm);

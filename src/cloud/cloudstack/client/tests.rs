@@ -179,7 +179,8 @@ async fn a_reset_is_no_answer_and_only_a_read_is_sent_again() {
     b.read().await.unwrap();
     assert_eq!(b.server.requests().len(), 2);
     let b = Bench::new(vec![Act::Reset, Act::json(200, JOB)]);
-    assert!(no_answer(b.write().await).contains("attachVolume"));
+    let words = no_answer(b.write().await);
+    assert!(words.contains("attachVolume") && words.contains("reset"), "{words}");
     assert_eq!(b.server.requests().len(), 1);
 }
 
@@ -361,14 +362,25 @@ async fn a_body_without_end_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_connection_is_used_again_and_its_end_is_not_an_error() {
-    let b = Bench::new(vec![Act::json(200, LISTED), Act::json(200, LISTED), Act::Closing(LISTED), Act::json(200, JOB)]);
+async fn reads_share_a_connection_and_its_end_is_no_error() {
+    let b =
+        Bench::new(vec![Act::json(200, LISTED), Act::json(200, LISTED), Act::Closing(LISTED), Act::json(200, LISTED)]);
     for _ in 0..3 {
         b.read().await.unwrap();
     }
     assert_eq!(b.server.connections(), 1);
-    b.write().await.unwrap();
+    b.read().await.unwrap();
     assert_eq!((b.server.connections(), b.server.requests().len()), (2, 4));
+}
+
+#[tokio::test]
+async fn a_write_never_meets_a_connection_that_the_server_is_closing() {
+    let b = Bench::new(vec![Act::json(200, LISTED), Act::Closing(LISTED), Act::Closing(JOB), Act::json(200, JOB)]);
+    b.read().await.unwrap();
+    b.read().await.unwrap();
+    b.write().await.unwrap();
+    b.write().await.unwrap();
+    assert_eq!((b.server.connections(), b.server.requests().len()), (3, 4));
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -64,7 +65,9 @@ struct Seen {
 struct Shared {
     script: Mutex<VecDeque<Act>>,
     seen: Mutex<Vec<Seen>>,
-    streams: Mutex<Vec<TcpStream>>,
+    /// Open ones, by number: a connection that ends leaves no copy behind, which would keep it open.
+    streams: Mutex<BTreeMap<usize, TcpStream>>,
+    connections: AtomicUsize,
     stopping: Mutex<bool>,
     arrived: tokio::sync::Notify,
 }
@@ -90,9 +93,13 @@ impl Server {
                 if *stopping {
                     break;
                 }
-                own.streams.lock().push(stream.try_clone().unwrap());
+                let number = own.connections.fetch_add(1, Ordering::Relaxed);
+                own.streams.lock().insert(number, stream.try_clone().unwrap());
                 let own = own.clone();
-                threads.push(std::thread::spawn(move || serve(&own, stream)));
+                threads.push(std::thread::spawn(move || {
+                    serve(&own, &stream);
+                    own.streams.lock().remove(&number);
+                }));
             }
             threads.into_iter().for_each(|t| drop(t.join()));
         });
@@ -120,7 +127,7 @@ impl Server {
     }
 
     pub(super) fn connections(&self) -> usize {
-        self.shared.streams.lock().len()
+        self.shared.connections.load(Ordering::Relaxed)
     }
 
     /// The time between two requests.
@@ -147,7 +154,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         *self.shared.stopping.lock() = true;
-        for stream in self.shared.streams.lock().iter() {
+        for stream in self.shared.streams.lock().values() {
             let _ = stream.shutdown(Shutdown::Both);
         }
         let _ = TcpStream::connect(self.at);
@@ -155,8 +162,8 @@ impl Drop for Server {
     }
 }
 
-fn serve(shared: &Shared, stream: TcpStream) {
-    let mut reader = BufReader::new(stream.try_clone().unwrap());
+fn serve(shared: &Shared, stream: &TcpStream) {
+    let mut reader = BufReader::new(stream);
     while let Some((head, body)) = request(&mut reader) {
         let form = decode(&body);
         let act = {
@@ -166,7 +173,7 @@ fn serve(shared: &Shared, stream: TcpStream) {
         };
         shared.seen.lock().push(Seen { at: Instant::now(), head, form: form.clone() });
         shared.arrived.notify_waiters();
-        if !perform(act, &stream, &form, &body) {
+        if !perform(act, stream, &form, &body) {
             return;
         }
     }
