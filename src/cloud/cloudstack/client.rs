@@ -332,12 +332,7 @@ impl Client {
                 Err(failure) if failure.again == Again::Keys => refused = Some(failure),
                 // The role forbids the probe, and said so before it looked at the signature.
                 Err(Failure { error: ApiError::Api { code: 401, .. }, .. }) => return Ok(Algorithm::Sha1),
-                // Of the call itself nothing was sent yet.
-                Err(Failure { error: ApiError::NoAnswer { words }, again }) => {
-                    let again = if again == Again::Lost { Again::Clean } else { again };
-                    return Err(Failure::not_sent(format!("{PROBE} before it: {words}"), again));
-                }
-                Err(failure) => return Err(failure),
+                Err(failure) => return Err(of_probe(failure)),
             }
         }
         Err(refused.unwrap_or_else(|| Failure::not_sent("no way to sign was tried", Again::Never)))
@@ -367,6 +362,18 @@ impl Client {
             api @ ApiError::Api { .. } => api,
             other => other.with_words(|words| format!("{command} at {}: {words}{tries}", self.endpoint())),
         }
+    }
+}
+
+/// Of the call itself nothing was sent yet: what is in doubt is the probe alone.
+fn of_probe(failure: Failure) -> Failure {
+    let before = |words| format!("{PROBE} before it: {words}");
+    match failure {
+        Failure { error: ApiError::NoAnswer { words }, again: Again::Lost } => {
+            Failure::not_sent(before(words), Again::Clean)
+        }
+        Failure { error: ApiError::NoAnswer { words }, again } => Failure::not_sent(before(words), again),
+        Failure { error, again } => Failure { error: error.with_words(before), again },
     }
 }
 

@@ -259,7 +259,7 @@ fn the_one(named: Option<&Path>, environment: &Environment) -> Result<Source, St
     }
     if let Some(dir) = environment.get("CREDENTIALS_DIRECTORY") {
         let path = Path::new(&dir).join("cloudstack");
-        if path.exists() {
+        if there_may_be(&path) {
             sources.push(Source::Systemd(path));
         }
     }
@@ -274,6 +274,11 @@ fn the_one(named: Option<&Path>, environment: &Environment) -> Result<Source, St
     }
 }
 
+/// One that cannot be looked at is not passed over: opening it says why.
+fn there_may_be(path: &Path) -> bool {
+    path.try_exists().unwrap_or(true)
+}
+
 /// Where `cs` looks, but for its file in the working directory: a daemon has no such place.
 fn tool_file(environment: &Environment) -> Result<Source, String> {
     let section = environment.text("CLOUDSTACK_REGION")?.map_or_else(|| SECTION.to_owned(), |name| name.to_string());
@@ -282,7 +287,7 @@ fn tool_file(environment: &Environment) -> Result<Source, String> {
     }
     if let Some(home) = environment.get("HOME") {
         let path = Path::new(&home).join(".cloudstack.ini");
-        if path.exists() {
+        if there_may_be(&path) {
             return Ok(Source::Tool(path, section));
         }
     }

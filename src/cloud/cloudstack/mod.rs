@@ -18,7 +18,7 @@ pub mod secret;
 pub mod sign;
 mod transport;
 
-pub use answer::ApiError;
+pub use answer::{ApiError, success};
 pub use client::{Client, ClientOptions};
 pub use credentials::Environment;
 pub use sign::Signature;

@@ -126,15 +126,17 @@ impl Transport {
     }
 
     fn tls_words(&self, error: &rustls::Error) -> String {
-        if !matches!(error, rustls::Error::InvalidCertificate(_)) {
-            return format!("no TLS connection: {error}");
-        }
-        match &self.ca {
-            Some(path) => format!("its certificate is not trusted: {error}; only the CA in {path} (ca) is taken"),
-            None => format!(
+        let rustls::Error::InvalidCertificate(why) = error else { return format!("no TLS connection: {error}") };
+        let unknown = matches!(why, rustls::CertificateError::UnknownIssuer);
+        match (&self.ca, unknown) {
+            (Some(path), true) => {
+                format!("its certificate is not trusted: {error}; only the CA in {path} (ca) is taken")
+            }
+            (None, true) => format!(
                 "its certificate is not trusted: {error}; if it is of your own CA, name the CA's PEM file by ca in \
                  [cloudstack]"
             ),
+            (_, false) => format!("its certificate is not trusted: {error}"),
         }
     }
 }

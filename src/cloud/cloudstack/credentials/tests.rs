@@ -243,8 +243,8 @@ fn a_file_at_rest_is_not_read_again() {
     let place = Place::new();
     let path = place.keys("k", GOOD);
     let c = Credentials::find(Some(&path), None, &Environment::empty()).unwrap();
+    assert_eq!(c.state.lock().stamp, None, "a file this young may change again unnoticed");
     settle(&c);
-    let times = std::fs::metadata(&path).unwrap().modified().unwrap();
     // The content changed, and the times look as if it had not.
     std::fs::write(&path, GOOD.replace("sss", "ttt")).unwrap();
     c.state.lock().stamp = Some(Stamp::of(&std::fs::metadata(&path).unwrap()));
@@ -252,6 +252,7 @@ fn a_file_at_rest_is_not_read_again() {
     assert_eq!(c.keys_again().secret.expose(), "ttt");
     // As `cp -p` and `rsync -t` do: same size, same mtime.
     settle(&c);
+    let times = std::fs::metadata(&path).unwrap().modified().unwrap();
     std::fs::write(&path, GOOD.replace("sss", "uuu")).unwrap();
     File::options().write(true).open(&path).unwrap().set_modified(times).unwrap();
     assert_eq!(c.keys().secret.expose(), "uuu");

@@ -278,6 +278,31 @@ fn decode(body: &str) -> Form {
     body.split('&').filter_map(|pair| pair.split_once('=')).map(|(n, v)| (text(n), text(v))).collect()
 }
 
+/// An address that is taken, and refuses each connection.
+pub(super) struct Deaf {
+    at: SocketAddr,
+    _socket: OwnedFd,
+}
+
+impl Deaf {
+    pub(super) fn new() -> Self {
+        let (socket, at) = bound();
+        Self { at, _socket: socket }
+    }
+
+    pub(super) fn endpoint(&self) -> String {
+        format!("http://{}/client/api", self.at)
+    }
+}
+
+fn bound() -> (OwnedFd, SocketAddr) {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with};
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    bind(&socket, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
+    let at = SocketAddr::try_from(getsockname(&socket).unwrap()).unwrap();
+    (socket, at)
+}
+
 /// A listener whose queue is full: the kernel drops what else wants to connect.
 pub(super) struct Full {
     at: SocketAddr,
@@ -287,11 +312,8 @@ pub(super) struct Full {
 
 impl Full {
     pub(super) fn new() -> Self {
-        use rustix::net::{AddressFamily, SocketType, bind, getsockname, listen, socket};
-        let listener = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-        bind(&listener, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
-        listen(&listener, 0).unwrap();
-        let at = SocketAddr::try_from(getsockname(&listener).unwrap()).unwrap();
+        let (listener, at) = bound();
+        rustix::net::listen(&listener, 0).unwrap();
         let mut waiting = Vec::new();
         while let Ok(stream) = TcpStream::connect_timeout(&at, Duration::from_millis(200)) {
             waiting.push(stream);
