@@ -389,7 +389,7 @@ async fn a_write_never_meets_a_connection_that_the_server_is_closing() {
 #[tokio::test]
 async fn what_a_proxy_repeats_of_a_request_is_hidden() {
     let b = Bench::new(vec![Act::Echo]);
-    let words = no_answer(b.read().await);
+    let words = no_answer(b.write().await);
     assert!(words.contains("HTML page (") && words.contains('…'), "{words}");
 }
 
