@@ -111,6 +111,10 @@ uuid_type!(
     VmId, "vm"
 );
 uuid_type!(
+    /// A snapshot's id in the cloud.
+    SnapshotId, "snapshot id"
+);
+uuid_type!(
     /// The random id made with a record: the first half of a [`Mark`].
     RecordId, "record"
 );

@@ -1,12 +1,19 @@
 //! The cloud: one trait, its views, and its errors in the three kinds that decide what happens next.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Disk, DiskName, Fence, JobId, Mark, RecordId, Slot, Timestamp, VmId, VolumeId};
+use crate::model::{
+    Disk, DiskName, Fence, JobId, Mark, RecordId, Slot, SnapshotId, SnapshotName, Timestamp, VmId, VolumeId,
+};
 
+mod call;
 pub mod cloudstack;
 pub mod loopdev;
+
+pub use call::Call;
 
 /// What a failed call means. The kind, not the words, decides what the engine does.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -54,6 +61,8 @@ pub enum Refusal {
     Mark(Option<Mark>),
     /// It passes by itself: try again.
     Passing,
+    /// It carries this host, or is protected by configuration; the words say which.
+    Protected,
     /// Anything else.
     Other,
 }
@@ -84,6 +93,25 @@ pub struct CloudVolume {
     pub mark: Option<Mark>,
     /// Set when it must never be claimed (device id 0 of this host), with the reason.
     pub carries_host: Option<String>,
+    /// The id of a job of the cloud that is still pending on it: what is shown here may be about to change.
+    pub pending: Option<String>,
+}
+
+/// A snapshot as the cloud shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CloudSnapshot {
+    /// Its id.
+    pub id: SnapshotId,
+    /// The cloud's name for it.
+    pub name: String,
+    /// The cloud's own word for its state.
+    pub state: String,
+    /// Whether it can be reverted to: complete, in the cloud's own words.
+    pub ready: bool,
+    /// Bytes of the volume that it is of, when it was taken; 0 if the cloud does not tell.
+    pub size: u64,
+    /// When it was taken, where the cloud tells.
+    pub created: Option<Timestamp>,
 }
 
 /// What a VM is, as far as volfs cares.
@@ -98,8 +126,6 @@ pub struct VmFacts {
 /// What to create.
 #[derive(Debug, Clone)]
 pub struct NewVolume {
-    /// Identifies this creation: a repeat with the same fence finds the first one's volume.
-    pub fence: Fence,
     /// At least so many bytes.
     pub size: u64,
     /// Name for people.
@@ -132,6 +158,8 @@ pub struct Survey {
     pub vms: Vec<VmId>,
     /// All that carry this record's mark.
     pub record: Option<RecordId>,
+    /// Those that creates with these fences made after all, marked or not.
+    pub fences: Vec<Fence>,
 }
 
 /// What a provider is and can do; constant while the daemon runs.
@@ -152,9 +180,14 @@ pub struct About {
     pub detach_wants_sole_opener: bool,
     /// Sizes are multiples of this many bytes; what is asked for is rounded up.
     pub size_step: u64,
+    /// How long after a call that got no answer its effect may still come to light: two looks that
+    /// far apart decide that there was none. Zero where a look is the truth at once.
+    pub late: Duration,
+    /// Whether `host` is what somebody said, to be proved by the root disk before anything is changed.
+    pub prove_host: bool,
 }
 
-/// The cloud. Every call looks before it acts, so each may be repeated.
+/// The cloud. Every call looks before it acts, so each may be repeated with the same [`Call`].
 #[async_trait]
 pub trait Cloud: Send + Sync {
     /// What this provider is.
@@ -163,35 +196,74 @@ pub trait Cloud: Send + Sync {
     /// One volume, or `None` if the cloud knows no such.
     async fn find(&self, volume: VolumeId) -> Result<Option<CloudVolume>, CloudError>;
 
-    /// The volume that an earlier [`Cloud::create`] with this fence made, if it did.
+    /// Words for a job of the cloud that an operation with this fence started and that is not final,
+    /// if there is one: until then no look at the volume is the operation's outcome.
+    async fn running(&self, fence: Fence) -> Result<Option<String>, CloudError> {
+        let _ = fence;
+        Ok(None)
+    }
+
+    /// The volume that an earlier [`Cloud::create`] with this fence made, if it did; its mark may
+    /// not be on it yet: repeating the create puts it there.
     async fn find_created(&self, fence: Fence) -> Result<Option<CloudVolume>, CloudError>;
 
     /// Several volumes in one answer.
     async fn survey(&self, survey: &Survey) -> Result<Vec<CloudVolume>, CloudError>;
 
     /// Makes a volume that carries its mark from the first moment.
-    async fn create(&self, new: &NewVolume) -> Result<CloudVolume, CloudError>;
+    async fn create(&self, call: &Call, new: &NewVolume) -> Result<CloudVolume, CloudError>;
 
     /// Attaches; success when it is attached there already.
-    async fn attach(&self, volume: VolumeId, vm: VmId, slot: Option<Slot>) -> Result<(), CloudError>;
+    async fn attach(&self, call: &Call, volume: VolumeId, vm: VmId, slot: Option<Slot>) -> Result<(), CloudError>;
 
     /// Detaches from that VM; success when it is not attached there.
-    async fn detach(&self, volume: VolumeId, vm: VmId, force: bool) -> Result<(), CloudError>;
+    async fn detach(&self, call: &Call, volume: VolumeId, vm: VmId, force: bool) -> Result<(), CloudError>;
 
     /// Grows to at least `size` bytes; success when it has that already. Answers the new size.
-    async fn resize(&self, volume: VolumeId, size: u64) -> Result<u64, CloudError>;
+    async fn resize(&self, call: &Call, volume: VolumeId, size: u64) -> Result<u64, CloudError>;
 
     /// Deletes a detached volume; answers until when it can be recovered. Success when it is gone.
-    async fn delete(&self, volume: VolumeId, expunge: bool) -> Result<Option<Timestamp>, CloudError>;
+    async fn delete(&self, call: &Call, volume: VolumeId, expunge: bool) -> Result<Option<Timestamp>, CloudError>;
 
     /// Replaces the mark if it is exactly `expect`, else [`Refusal::Mark`]. `new` `None` clears it.
     /// Success when the mark is `new` already.
     async fn exchange_mark(
         &self,
+        call: &Call,
         volume: VolumeId,
         expect: Option<Mark>,
         new: Option<&Label>,
     ) -> Result<(), CloudError>;
+
+    /// Takes a snapshot; success when an earlier call with this [`Call`] took it. Complete when it returns.
+    async fn snapshot(&self, call: &Call, volume: VolumeId, name: &SnapshotName) -> Result<CloudSnapshot, CloudError> {
+        let _ = (call, volume, name);
+        Err(no_snapshots())
+    }
+
+    /// The snapshot that an earlier [`Cloud::snapshot`] of this volume with this fence took, if it did.
+    async fn find_snapshot(&self, volume: VolumeId, fence: Fence) -> Result<Option<CloudSnapshot>, CloudError> {
+        let _ = (volume, fence);
+        Ok(None)
+    }
+
+    /// All snapshots of a volume, whoever took them.
+    async fn snapshots(&self, volume: VolumeId) -> Result<Vec<CloudSnapshot>, CloudError> {
+        let _ = volume;
+        Ok(Vec::new())
+    }
+
+    /// Puts a detached volume's bytes back to those of the snapshot.
+    async fn revert(&self, call: &Call, volume: VolumeId, snapshot: SnapshotId) -> Result<(), CloudError> {
+        let _ = (call, volume, snapshot);
+        Err(no_snapshots())
+    }
+
+    /// Deletes a snapshot; success when it is gone.
+    async fn delete_snapshot(&self, call: &Call, volume: VolumeId, snapshot: SnapshotId) -> Result<(), CloudError> {
+        let _ = (call, volume, snapshot);
+        Err(no_snapshots())
+    }
 
     /// Whether that very disk of this host has this volume's data, where the provider sees more of
     /// it than the identity that the disk shows. The disk is pinned while this is asked.
@@ -202,4 +274,8 @@ pub trait Cloud: Send + Sync {
 
     /// A VM, or `None` if the cloud knows no such.
     async fn vm(&self, vm: VmId) -> Result<Option<VmFacts>, CloudError>;
+}
+
+fn no_snapshots() -> CloudError {
+    CloudError::Refused { why: Refusal::Unsupported, words: "this provider has no snapshots".into() }
 }

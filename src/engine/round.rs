@@ -14,7 +14,7 @@ use super::Engine;
 use super::core::Core;
 use super::reconcile::{CloudView, Finding, Recorded, Rules, settle};
 use super::volume::{Unmapped, facts, mapping_row, show_facts};
-use super::world::{Component, Mapping, Unclaimed, VmView, Volume, World};
+use super::world::{Component, Mapping, Volume, World};
 use crate::cloud::{CloudError, CloudVolume, Survey};
 use crate::devices::DevicesError;
 use crate::error::Error;
@@ -30,6 +30,9 @@ struct Settled {
     mapping: Option<Arc<Mapping>>,
     changes: Vec<Change>,
 }
+
+/// Intervals without an answer of the cloud, after which its last one is no truth any more.
+pub(super) const VIEW_LIVES: u32 = 3;
 
 fn not_settled(volume: &Volume) -> Error {
     let why = volume.why.as_deref().unwrap_or("nobody can tell").into();
@@ -255,9 +258,10 @@ impl Engine {
     }
 
     fn cloud_health(&self, failed: Option<&CloudError>) {
-        let now = match failed {
-            None => Component::Ok,
-            Some(error) => Component::Degraded(error.to_string().into()),
+        let now = match (failed, self.contradicted()) {
+            (_, Some(why)) => Component::Down(format!("this host is not proved: {why}").into()),
+            (None, None) => Component::Ok,
+            (Some(error), None) => Component::Degraded(error.to_string().into()),
         };
         if self.world().health.cloud != now {
             self.publish(|core, at| {
@@ -285,14 +289,19 @@ impl Engine {
         let _one_at_a_time = self.rounds.lock().await;
         let world = self.world();
         let looked = Instant::now();
-        let survey = Survey { volumes: Vec::new(), vms: vec![self.host], record: Some(self.record) };
+        let fences = self.core.lock().late_twins((self.clock)());
+        let survey = Survey { volumes: Vec::new(), vms: vec![self.host], record: Some(self.record), fences };
         let mut answer = self.cloud.survey(&survey).await;
         let mut unseen = BTreeSet::new();
         if let Ok(volumes) = &mut answer {
             self.ask_for_the_rest(&world, volumes, &mut unseen).await;
         }
-        self.cloud_health(answer.as_ref().err());
         let disks = self.kernel(|devices| devices.disks()).await;
+        if let (Ok(volumes), Ok(disks)) = (&answer, &disks) {
+            self.seen_host(volumes, disks);
+            *self.cloud_seen.lock() = looked;
+        }
+        self.cloud_health(answer.as_ref().err());
         self.devices_health(disks.as_ref().err());
         let disks = disks.map_err(|e| Error::CannotTell { why: e.to_string() })?;
         let by_id: Option<HashMap<VolumeId, &CloudVolume>> =
@@ -305,10 +314,15 @@ impl Engine {
         }
         let any_absent = by_id.as_ref().is_some_and(|map| world.by_uuid.keys().any(|volume| !map.contains_key(volume)));
         let sees_us = any_absent && self.sees_us().await;
+        // Rule R3: what the cloud said once is not served for ever.
+        let unseen_view = match self.cloud_seen.lock().elapsed() > self.interval * VIEW_LIVES {
+            true => CloudView::Stale,
+            false => CloudView::Unseen,
+        };
         let mut settled = Vec::new();
         for before in world.volumes.values().filter(|v| v.running.is_none()) {
             let view = match &by_id {
-                None => CloudView::Unseen,
+                None => unseen_view.clone(),
                 Some(map) => match map.get(&before.uuid) {
                     Some(seen) => CloudView::Seen(seen),
                     None if unseen.contains(&before.uuid) => CloudView::Unseen,
@@ -336,11 +350,7 @@ impl Engine {
         let host = self.host;
         let record = self.record;
         // A survey of its own: what fails for another VM says nothing about our volumes.
-        let named: Vec<VmId> = world.vms.keys().copied().collect();
-        let on_vms = match named.is_empty() {
-            true => Ok(Vec::new()),
-            false => self.cloud.survey(&Survey { vms: named, ..Survey::default() }).await,
-        };
+        let on_vms = self.on_named_vms(&world).await;
         let listed = on_vms.as_ref().map(|_| ()).map_err(|e| Error::CloudUnreachable {
             what: "listing the volumes of other VMs".into(),
             words: e.to_string(),
@@ -350,8 +360,8 @@ impl Engine {
             core.world.health.reconciler = Component::Ok;
             let mut volumes = answer.unwrap_or_default();
             match on_vms {
-                Ok(on_vms) => {
-                    core.show_vms(&on_vms, at);
+                Ok((told, on_vms)) => {
+                    core.show_vms(&told, &on_vms, at);
                     let known: BTreeSet<VolumeId> = volumes.iter().map(|v| v.id).collect();
                     volumes.extend(on_vms.into_iter().filter(|v| !known.contains(&v.id)));
                 }
@@ -363,12 +373,21 @@ impl Engine {
         listed
     }
 
-    /// Volumes that carry no mark of ours any more, or are in no job, are asked for one by one, so
-    /// that one the cloud cannot tell of hides no other.
+    /// Volumes that carry no mark of ours any more, or are in no job: asked for together, and one by
+    /// one where that fails, so that one the cloud cannot tell of hides no other.
     async fn ask_for_the_rest(&self, world: &World, volumes: &mut Vec<CloudVolume>, unseen: &mut BTreeSet<VolumeId>) {
         let seen: BTreeSet<VolumeId> = volumes.iter().map(|v| v.id).collect();
         let loose: Vec<VolumeId> = self.core.lock().loose.iter().copied().collect();
-        for volume in world.by_uuid.keys().copied().chain(loose).filter(|v| !seen.contains(v)) {
+        let rest: Vec<VolumeId> = world.by_uuid.keys().copied().chain(loose).filter(|v| !seen.contains(v)).collect();
+        if rest.is_empty() {
+            return;
+        }
+        let survey = Survey { volumes: rest.clone(), ..Survey::default() };
+        match self.cloud.survey(&survey).await {
+            Ok(found) => return volumes.extend(found),
+            Err(error) => tracing::debug!("{} volumes are asked for one by one: {error}", rest.len()),
+        }
+        for volume in rest {
             match self.cloud.find(volume).await {
                 Ok(found) => volumes.extend(found),
                 Err(error) => {
@@ -510,65 +529,5 @@ impl Core {
                 v.recorded = finding.status;
             }
         });
-    }
-
-    fn show_vms(&mut self, volumes: &[CloudVolume], at: Timestamp) {
-        let named: Vec<VmId> = self.world.vms.keys().copied().collect();
-        for vm in named {
-            let mut on: Vec<VolumeId> =
-                volumes.iter().filter(|v| v.attached.is_some_and(|a| a.vm == vm)).map(|v| v.id).collect();
-            on.sort();
-            self.world.vms.insert(vm, Arc::new(VmView { volumes: on, seen: Some(at), stale: false }));
-        }
-    }
-
-    fn age_views(&mut self, at: Timestamp, interval: Duration) {
-        let named: Vec<(VmId, Arc<VmView>)> = self.world.vms.iter().map(|(k, v)| (*k, v.clone())).collect();
-        for (vm, view) in named {
-            let stale = view.seen.is_none_or(|seen| seen.plus(interval * 3) < at);
-            if stale != view.stale {
-                self.world.vms.insert(vm, Arc::new(VmView { stale, ..(*view).clone() }));
-            }
-        }
-    }
-
-    fn show_unclaimed(
-        &mut self,
-        volumes: Vec<CloudVolume>,
-        disks: &[Disk],
-        host: VmId,
-        record: crate::model::RecordId,
-        at: Timestamp,
-    ) {
-        let mut now = imbl::OrdMap::new();
-        for cloud in volumes {
-            if self.world.by_uuid.contains_key(&cloud.id) || self.claiming.contains(&cloud.id) {
-                continue;
-            }
-            let reason = match (cloud.attached, cloud.mark) {
-                (Some(a), _) if a.vm == host => "attached to this host, in no job".to_owned(),
-                (Some(a), _) if self.world.vms.contains_key(&a.vm) => format!("attached to VM {}, in no job", a.vm),
-                (_, Some(mark)) if mark.record == record => "carries this record's mark, in no job".to_owned(),
-                _ if self.loose.contains(&cloud.id) => "in this record, in no job".to_owned(),
-                _ => continue,
-            };
-            let disk = disks.iter().find(|d| d.identity.names(cloud.id));
-            let old = self.world.unclaimed.get(&cloud.id);
-            let since = old.map_or(at, |o| o.since);
-            now.insert(
-                cloud.id,
-                Arc::new(Unclaimed {
-                    device: disk.map(|d| d.name.clone()),
-                    serial: disk.map_or_else(|| "".into(), |d| d.identity.text().into()),
-                    cloud: Arc::new(cloud),
-                    reason: reason.into(),
-                    since,
-                }),
-            );
-        }
-        if now.len() != self.world.unclaimed.len() || now.keys().any(|k| !self.world.unclaimed.contains_key(k)) {
-            self.world.listed_at = at;
-        }
-        self.world.unclaimed = now;
     }
 }

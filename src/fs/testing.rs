@@ -188,6 +188,7 @@ pub fn add_unclaimed(world: &mut World, uuid: VolumeId, device: Option<&str>) {
         attached: Some(Attachment { vm: vm(OTHER_VM), device_id: Some(1) }),
         mark: None,
         carries_host: None,
+        pending: None,
     };
     let unclaimed = Unclaimed {
         cloud: Arc::new(cloud),

@@ -102,6 +102,7 @@ impl Inner {
             state: if meta.used { "Ready" } else { "Allocated" }.into(),
             attached: attached.map(|a| Attachment { vm: a.vm, device_id: Some(a.device_id) }),
             mark: meta.mark,
+            pending: None,
             carries_host: self.protect.contains(&meta.id).then(|| "protected by configuration".into()),
         })
     }

@@ -33,7 +33,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::{About, Cloud, CloudError, CloudVolume, Label, NewVolume, Refusal, Survey, VmFacts};
+use super::{About, Call, Cloud, CloudError, CloudVolume, Label, NewVolume, Refusal, Survey, VmFacts};
 use crate::failpoint;
 use crate::model::{BootId, Disk, Fence, Mark, Slot, Timestamp, VmId, VolumeId};
 
@@ -140,6 +140,8 @@ impl LoopCloud {
             snapshots: false,
             detach_wants_sole_opener: true,
             size_step: work::STEP,
+            late: Duration::ZERO,
+            prove_host: false,
         };
         Ok(Arc::new(Self { about, inner: Arc::new(inner) }))
     }
@@ -207,29 +209,30 @@ impl Cloud for LoopCloud {
         self.looking(move |inner| inner.survey(&survey)).await
     }
 
-    async fn create(&self, new: &NewVolume) -> Result<CloudVolume, CloudError> {
-        let new = new.clone();
-        self.working(move |inner| inner.create(&new)).await
+    async fn create(&self, call: &Call, new: &NewVolume) -> Result<CloudVolume, CloudError> {
+        let (fence, new) = (call.fence(), new.clone());
+        self.working(move |inner| inner.create(fence, &new)).await
     }
 
-    async fn attach(&self, volume: VolumeId, vm: VmId, slot: Option<Slot>) -> Result<(), CloudError> {
+    async fn attach(&self, _: &Call, volume: VolumeId, vm: VmId, slot: Option<Slot>) -> Result<(), CloudError> {
         self.working(move |inner| inner.attach(volume, vm, slot)).await
     }
 
-    async fn detach(&self, volume: VolumeId, vm: VmId, force: bool) -> Result<(), CloudError> {
+    async fn detach(&self, _: &Call, volume: VolumeId, vm: VmId, force: bool) -> Result<(), CloudError> {
         self.working(move |inner| inner.detach(volume, vm, force)).await
     }
 
-    async fn resize(&self, volume: VolumeId, size: u64) -> Result<u64, CloudError> {
+    async fn resize(&self, _: &Call, volume: VolumeId, size: u64) -> Result<u64, CloudError> {
         self.working(move |inner| inner.resize(volume, size)).await
     }
 
-    async fn delete(&self, volume: VolumeId, expunge: bool) -> Result<Option<Timestamp>, CloudError> {
+    async fn delete(&self, _: &Call, volume: VolumeId, expunge: bool) -> Result<Option<Timestamp>, CloudError> {
         self.working(move |inner| inner.delete(volume, expunge)).await
     }
 
     async fn exchange_mark(
         &self,
+        _: &Call,
         volume: VolumeId,
         expect: Option<Mark>,
         new: Option<&Label>,

@@ -15,7 +15,7 @@ use super::disk::{
 };
 use super::look::id_for;
 use crate::failpoint;
-use crate::model::{Mark, Slot, Timestamp, VmId, VolumeId};
+use crate::model::{Fence, Mark, Slot, Timestamp, VmId, VolumeId};
 
 /// The hypervisor's CD; no disk gets this number.
 const CD: u32 = 3;
@@ -156,17 +156,17 @@ impl Inner {
         Ok(())
     }
 
-    pub(super) fn create(&self, new: &NewVolume) -> Result<CloudVolume, CloudError> {
+    pub(super) fn create(&self, fence: Fence, new: &NewVolume) -> Result<CloudVolume, CloudError> {
         let size = whole_sectors(new.size)?;
         if new.offering.is_some() || new.zone.is_some() {
             return Err(refused(Refusal::Unsupported, "the loop provider has no offerings and no zones"));
         }
         before("loop.create.before")?;
-        let id = id_for(new.fence);
-        let beside = self.layout.volumes().join(format!("{NEW}{}", new.fence));
+        let id = id_for(fence);
+        let beside = self.layout.volumes().join(format!("{NEW}{}", fence));
         // Whoever holds the lock makes the volume; who waited for it finds it made, or makes it.
         let lock = loop {
-            if let Some(volume) = self.find_created(new.fence)? {
+            if let Some(volume) = self.find_created(fence)? {
                 return Ok(volume);
             }
             match DirBuilder::new().mode(0o700).create(&beside) {
@@ -175,7 +175,7 @@ impl Inner {
             }
             let Some(lock) = self.layout.lock_dir(&beside, true)? else { continue };
             // Another one may have finished between our look and our lock.
-            if let Some(volume) = self.find_created(new.fence)? {
+            if let Some(volume) = self.find_created(fence)? {
                 remove(&beside).map_err(|e| unreachable(beside.display(), &e))?;
                 return Ok(volume);
             }
@@ -185,7 +185,7 @@ impl Inner {
             Some(_) => Some(self.layout.lock_all()?),
             None => None,
         };
-        let made = self.check_space(size).and_then(|()| self.build(&beside, id, size, new));
+        let made = self.check_space(size).and_then(|()| self.build(&beside, fence, size, new));
         let meta = match made {
             Ok(meta) => meta,
             Err(e) => {
@@ -206,7 +206,7 @@ impl Inner {
         self.shown(&meta, size)
     }
 
-    fn build(&self, beside: &Path, id: VolumeId, size: u64, new: &NewVolume) -> Result<Meta, CloudError> {
+    fn build(&self, beside: &Path, fence: Fence, size: u64, new: &NewVolume) -> Result<Meta, CloudError> {
         let failed = |e: io::Error| not_started(beside.display(), &e);
         let data = beside.join("data.img");
         match fs::remove_file(&data) {
@@ -218,14 +218,14 @@ impl Inner {
         file.set_len(size).map_err(failed)?;
         file.sync_all().map_err(failed)?;
         let meta = Meta {
-            id,
+            id: id_for(fence),
             name: new.name.clone(),
             size,
             mark: Some(new.label.mark),
             job: Some(new.label.job.to_string()),
             disk: Some(new.label.disk.to_string()),
             attached: None,
-            fence: Some(new.fence),
+            fence: Some(fence),
             used: false,
             intent: None,
             rest: serde_json::Map::new(),

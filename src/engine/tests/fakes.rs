@@ -20,7 +20,9 @@ use tokio::sync::{Notify, Semaphore, broadcast};
 
 use super::super::world::World;
 use super::super::{Engine, Options, Target};
-use crate::cloud::{About, Attachment, Cloud, CloudError, CloudVolume, Label, NewVolume, Refusal, Survey, VmFacts};
+use crate::cloud::{
+    About, Attachment, Call, Cloud, CloudError, CloudVolume, Label, NewVolume, Refusal, Survey, VmFacts,
+};
 use crate::command::{Action, Command};
 use crate::devices::{DeviceChange, Devices, DevicesError, Hold, Pin};
 use crate::error::Error;
@@ -229,6 +231,8 @@ impl Lab {
             snapshots: false,
             detach_wants_sole_opener: false,
             size_step: 1,
+            late: Duration::from_secs(60),
+            prove_host: false,
         };
         change(&mut about);
         let kernel = Kernel {
@@ -491,8 +495,16 @@ impl Lab {
             state.record.used(2, n);
             state.record.epoch = epoch;
             let (state_word, attached) = ("Ready".into(), None);
-            let seen =
-                CloudVolume { id: volume, name, size: GIB, state: state_word, attached, mark, carries_host: None };
+            let seen = CloudVolume {
+                id: volume,
+                name,
+                size: GIB,
+                state: state_word,
+                attached,
+                mark,
+                carries_host: None,
+                pending: None,
+            };
             state.sky.volumes.insert(volume, seen);
         }
         job
@@ -509,6 +521,7 @@ impl Lab {
             attached: None,
             mark,
             carries_host: None,
+            pending: None,
         };
         self.state().sky.volumes.insert(id, volume);
         id

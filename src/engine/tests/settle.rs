@@ -71,6 +71,7 @@ fn ground(exact_size: bool) -> Ground {
                 attached: attached.map(|vm| Attachment { vm, device_id: None }),
                 mark: m,
                 carries_host: None,
+                pending: None,
             })));
         }
     }

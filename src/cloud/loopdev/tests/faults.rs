@@ -7,7 +7,7 @@ async fn a_store_that_is_not_there_is_unreachable_and_never_empty() {
     let store = Store::new();
     let cloud = store.open();
     let v = made(&cloud).await;
-    let asked = Survey { volumes: vec![v], vms: vec![store.host()], record: None };
+    let asked = Survey { volumes: vec![v], vms: vec![store.host()], ..Survey::default() };
     let away = store.options.dir.with_extension("away");
     fs::rename(&store.options.dir, &away).unwrap();
     for _ in 0..2 {
@@ -16,12 +16,12 @@ async fn a_store_that_is_not_there_is_unreachable_and_never_empty() {
         unreachable(cloud.find_created(Fence::random()).await);
         unreachable(cloud.survey(&asked).await);
         unreachable(cloud.survey(&Survey { volumes: vec![v], ..Survey::default() }).await);
-        unreachable(cloud.create(&new(MIB)).await);
-        unreachable(cloud.attach(v, store.host(), None).await);
-        unreachable(cloud.detach(v, store.host(), false).await);
-        unreachable(cloud.resize(v, MIB).await);
-        unreachable(cloud.delete(v, true).await);
-        unreachable(cloud.exchange_mark(v, None, None).await);
+        unreachable(cloud.create(&call(), &new(MIB)).await);
+        unreachable(cloud.attach(&call(), v, store.host(), None).await);
+        unreachable(cloud.detach(&call(), v, store.host(), false).await);
+        unreachable(cloud.resize(&call(), v, MIB).await);
+        unreachable(cloud.delete(&call(), v, true).await);
+        unreachable(cloud.exchange_mark(&call(), v, None, None).await);
         unreachable(cloud.vm(store.host()).await);
         unreachable(cloud.vm(VmId::random()).await);
         // And so is an empty or another store in its place.
@@ -68,23 +68,23 @@ async fn a_damaged_volume_names_its_file_and_hides_no_other() {
         }
         let name = path.display().to_string();
         assert!(ambiguous(cloud.find(bad).await).contains(&name));
-        assert!(ambiguous(cloud.attach(bad, store.host(), None).await).contains(&name));
-        assert!(ambiguous(cloud.detach(bad, store.host(), false).await).contains(&name));
-        assert!(ambiguous(cloud.delete(bad, true).await).contains(&name));
+        assert!(ambiguous(cloud.attach(&call(), bad, store.host(), None).await).contains(&name));
+        assert!(ambiguous(cloud.detach(&call(), bad, store.host(), false).await).contains(&name));
+        assert!(ambiguous(cloud.delete(&call(), bad, true).await).contains(&name));
         let by_id = Survey { volumes: vec![good, bad], ..Survey::default() };
         assert!(ambiguous(cloud.survey(&by_id).await).contains(&name));
         let by_vm = Survey { vms: vec![VmId::random()], ..Survey::default() };
         assert!(ambiguous(cloud.survey(&by_vm).await).contains(&name));
-        let others = Survey { volumes: vec![good], vms: vec![store.host()], record };
+        let others = Survey { volumes: vec![good], vms: vec![store.host()], record, ..Survey::default() };
         assert_eq!(cloud.survey(&others).await.unwrap().iter().map(|v| v.id).collect::<Vec<_>>(), [good]);
         made(&cloud).await;
         let ids: Vec<_> =
             cloud.survey(&others).await.unwrap().into_iter().map(|v| v.id).filter(|v| *v != good).collect();
         for id in ids {
-            cloud.delete(id, true).await.unwrap();
+            cloud.delete(&call(), id, true).await.unwrap();
         }
-        cloud.attach(good, store.host(), None).await.unwrap();
-        cloud.detach(good, store.host(), false).await.unwrap();
+        cloud.attach(&call(), good, store.host(), None).await.unwrap();
+        cloud.detach(&call(), good, store.host(), false).await.unwrap();
         store.open();
     }
     fs::write(&path, sound).unwrap();
@@ -99,7 +99,7 @@ async fn fields_of_a_newer_version_survive_a_change() {
     let cloud = store.open();
     let v = made(&cloud).await;
     store.edit(v, |m| m["later"] = serde_json::json!({"a": [1, 2]}));
-    cloud.exchange_mark(v, Some(label(1).mark), None).await.unwrap();
+    cloud.exchange_mark(&call(), v, Some(label(1).mark), None).await.unwrap();
     assert_eq!(store.meta(v)["later"], serde_json::json!({"a": [1, 2]}));
 }
 
@@ -110,10 +110,11 @@ async fn a_survey_shows_what_was_asked_for_and_changes_behind_our_back() {
     let cloud = LoopCloud::open_caching(store.options.clone(), Duration::ZERO).unwrap();
     let (a, b, c, d) = (made(&cloud).await, made(&cloud).await, made(&cloud).await, made(&cloud).await);
     let (vm, record) = (VmId::random(), RecordId::random());
-    cloud.attach(a, vm, None).await.unwrap();
+    cloud.attach(&call(), a, vm, None).await.unwrap();
     let theirs = Label { mark: Mark { record, epoch: 5 }, ..label(1) };
-    cloud.exchange_mark(b, Some(label(1).mark), Some(&theirs)).await.unwrap();
-    let asked = Survey { volumes: vec![c, VolumeId::random(), c], vms: vec![vm], record: Some(record) };
+    cloud.exchange_mark(&call(), b, Some(label(1).mark), Some(&theirs)).await.unwrap();
+    let asked =
+        Survey { volumes: vec![c, VolumeId::random(), c], vms: vec![vm], record: Some(record), ..Survey::default() };
     let ids = async || {
         let mut ids: Vec<_> = cloud.survey(&asked).await.unwrap().into_iter().map(|v| v.id).collect();
         ids.sort();
@@ -159,9 +160,9 @@ async fn a_crash_at_any_point_leaves_a_settled_truth() {
         let cloud = store.open();
         assert_eq!(at(&cloud, v).await, expected, "{point}");
         assert_eq!(store.meta(v)["intent"], serde_json::Value::Null, "{point}");
-        cloud.attach(v, host, None).await.unwrap();
+        cloud.attach(&call(), v, host, None).await.unwrap();
         store.node(v);
-        cloud.detach(v, host, false).await.unwrap();
+        cloud.detach(&call(), v, host, false).await.unwrap();
     }
     for (point, attached) in [
         ("loop.detach.before", true),
@@ -169,7 +170,7 @@ async fn a_crash_at_any_point_leaves_a_settled_truth() {
         ("loop.detach.cleared", false),
         ("loop.detach.after", false),
     ] {
-        watcher.attach(v, host, None).await.unwrap();
+        watcher.attach(&call(), v, host, None).await.unwrap();
         store.killed(point, "detach", v);
         let expected = attached.then_some(host);
         assert_eq!(at(&watcher, v).await, expected, "{point}: before recovery");
@@ -177,10 +178,10 @@ async fn a_crash_at_any_point_leaves_a_settled_truth() {
         assert_eq!(at(&cloud, v).await, expected, "{point}");
         assert_eq!(store.meta(v)["intent"], serde_json::Value::Null, "{point}");
         assert_eq!(store.bindings(v).len(), usize::from(attached), "{point}");
-        cloud.detach(v, host, false).await.unwrap();
+        cloud.detach(&call(), v, host, false).await.unwrap();
         assert_eq!(store.bindings(v), []);
     }
-    watcher.attach(v, host, None).await.unwrap();
+    watcher.attach(&call(), v, host, None).await.unwrap();
     for (point, size) in [
         ("loop.resize.before", MIB),
         ("loop.resize.intent", 2 * MIB),
@@ -200,9 +201,9 @@ async fn a_crash_at_any_point_leaves_a_settled_truth() {
             (size, size),
             "{point}"
         );
-        assert_eq!(cloud.resize(v, 2 * MIB).await.unwrap(), 2 * MIB);
+        assert_eq!(cloud.resize(&call(), v, 2 * MIB).await.unwrap(), 2 * MIB);
     }
-    watcher.detach(v, host, false).await.unwrap();
+    watcher.detach(&call(), v, host, false).await.unwrap();
     for (point, epoch) in [("loop.mark.before", 1), ("loop.mark.after", 2)] {
         store.killed(point, "mark", v);
         assert_eq!(watcher.find(v).await.unwrap().unwrap().mark, Some(label(epoch).mark), "{point}");
@@ -218,7 +219,7 @@ async fn a_crash_within_the_test_for_users_is_taken_back_at_the_next_start() {
     let store = Store::new();
     let cloud = store.open();
     let v = made(&cloud).await;
-    cloud.attach(v, store.host(), None).await.unwrap();
+    cloud.attach(&call(), v, store.host(), None).await.unwrap();
     let node = store.node(v);
     let user = File::open(&node).unwrap();
     store.killed("loop.detach.flagged", "detach", v);
@@ -278,10 +279,10 @@ async fn ten_thousand_volumes_are_surveyed() {
         println!("{what}: {:?}", start.elapsed());
     }
     let start = std::time::Instant::now();
-    cloud.attach(ids[0], store.host(), None).await.unwrap();
+    cloud.attach(&call(), ids[0], store.host(), None).await.unwrap();
     println!("attach: {:?}", start.elapsed());
     let start = std::time::Instant::now();
-    cloud.detach(ids[0], store.host(), false).await.unwrap();
+    cloud.detach(&call(), ids[0], store.host(), false).await.unwrap();
     println!("detach: {:?}", start.elapsed());
     let start = std::time::Instant::now();
     store.open();
@@ -293,15 +294,15 @@ async fn a_new_volume_reads_as_zeroes() {
     let store = Store::new();
     let cloud = store.open();
     let v = made(&cloud).await;
-    cloud.attach(v, store.host(), None).await.unwrap();
+    cloud.attach(&call(), v, store.host(), None).await.unwrap();
     let mut device = OpenOptions::new().read(true).write(true).open(store.node(v)).unwrap();
     device.write_all(&[0xff; 4096]).unwrap();
     device.sync_all().unwrap();
     drop(device);
-    cloud.detach(v, store.host(), false).await.unwrap();
-    cloud.delete(v, true).await.unwrap();
+    cloud.detach(&call(), v, store.host(), false).await.unwrap();
+    cloud.delete(&call(), v, true).await.unwrap();
     let w = made(&cloud).await;
-    cloud.attach(w, store.host(), None).await.unwrap();
+    cloud.attach(&call(), w, store.host(), None).await.unwrap();
     let mut device = File::open(store.node(w)).unwrap();
     let mut bytes = Vec::new();
     device.seek(SeekFrom::Start(0)).unwrap();

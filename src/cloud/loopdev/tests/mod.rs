@@ -125,13 +125,21 @@ fn label(epoch: u64) -> Label {
 }
 
 fn new(size: u64) -> NewVolume {
-    NewVolume { fence: Fence::random(), size, name: "a name".into(), offering: None, zone: None, label: label(1) }
+    NewVolume { size, name: "a name".into(), offering: None, zone: None, label: label(1) }
+}
+
+fn call_with(fence: Fence) -> Call {
+    Call::new(fence, |_| ())
+}
+
+fn call() -> Call {
+    call_with(Fence::random())
 }
 
 /// A creation whose volume has this id.
-fn new_with_id(volume: VolumeId) -> NewVolume {
+fn call_making(volume: VolumeId) -> Call {
     // The map is its own inverse.
-    NewVolume { fence: Fence(look::id_for(Fence(volume.0)).0), ..new(MIB) }
+    call_with(Fence(look::id_for(Fence(volume.0)).0))
 }
 
 fn why<T: std::fmt::Debug>(result: Result<T, CloudError>) -> Refusal {
@@ -159,7 +167,7 @@ fn ambiguous<T: std::fmt::Debug>(result: Result<T, CloudError>) -> String {
 }
 
 async fn made(cloud: &LoopCloud) -> VolumeId {
-    cloud.create(&new(MIB)).await.unwrap().id
+    cloud.create(&call(), &new(MIB)).await.unwrap().id
 }
 
 async fn at(cloud: &LoopCloud, volume: VolumeId) -> Option<VmId> {
@@ -177,12 +185,12 @@ fn run_as_child() {
     let cloud = LoopCloud::open(options).unwrap();
     let run = async {
         match words[0] {
-            "create" => cloud.create(&new_with_id(volume)).await.map(drop),
-            "attach" => cloud.attach(volume, host, None).await,
-            "detach" => cloud.detach(volume, host, false).await,
-            "resize" => cloud.resize(volume, 2 * MIB).await.map(drop),
-            "delete" => cloud.delete(volume, false).await.map(drop),
-            "mark" => cloud.exchange_mark(volume, Some(label(1).mark), Some(&label(2))).await,
+            "create" => cloud.create(&call_making(volume), &new(MIB)).await.map(drop),
+            "attach" => cloud.attach(&call(), volume, host, None).await,
+            "detach" => cloud.detach(&call(), volume, host, false).await,
+            "resize" => cloud.resize(&call(), volume, 2 * MIB).await.map(drop),
+            "delete" => cloud.delete(&call(), volume, false).await.map(drop),
+            "mark" => cloud.exchange_mark(&call(), volume, Some(label(1).mark), Some(&label(2))).await,
             other => panic!("{other}"),
         }
     };
@@ -201,16 +209,20 @@ async fn a_volume_is_never_smaller_than_asked_and_carries_its_mark_from_the_star
     let store = Store::new();
     let cloud = store.open();
     let asked = NewVolume { size: 1000, ..new(0) };
-    let volume = cloud.create(&asked).await.unwrap();
+    let fence = Fence::random();
+    let volume = cloud.create(&call_with(fence), &asked).await.unwrap();
     assert_eq!((volume.size, volume.mark, volume.attached), (1024, Some(label(1).mark), None));
     assert_eq!((volume.name.as_str(), volume.state.as_str(), &volume.carries_host), ("a name", "Allocated", &None));
     assert_eq!(fs::metadata(store.file(volume.id, "data.img")).unwrap().len(), 1024);
     assert_eq!(cloud.find(volume.id).await.unwrap().as_ref(), Some(&volume));
-    assert_eq!(cloud.find_created(asked.fence).await.unwrap().as_ref(), Some(&volume));
+    assert_eq!(cloud.find_created(fence).await.unwrap().as_ref(), Some(&volume));
     assert_eq!(cloud.find_created(Fence::random()).await.unwrap(), None);
     assert_eq!(cloud.find(VolumeId::random()).await.unwrap(), None);
-    assert_eq!(why(cloud.create(&new(0)).await), Refusal::Other);
-    assert_eq!(why(cloud.create(&NewVolume { zone: Some("z".into()), ..new(512) }).await), Refusal::Unsupported);
+    assert_eq!(why(cloud.create(&call(), &new(0)).await), Refusal::Other);
+    assert_eq!(
+        why(cloud.create(&call(), &NewVolume { zone: Some("z".into()), ..new(512) }).await),
+        Refusal::Unsupported
+    );
     let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&store.options.dir).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o700);
 }
@@ -219,11 +231,11 @@ async fn a_volume_is_never_smaller_than_asked_and_carries_its_mark_from_the_star
 async fn one_fence_makes_one_volume_however_often_and_at_once() {
     let store = Store::new();
     let cloud = store.open();
-    let asked = new(MIB);
+    let (call, asked) = (call(), new(MIB));
     let tasks: Vec<_> = (0..16)
         .map(|_| {
-            let (cloud, asked) = (cloud.clone(), asked.clone());
-            tokio::spawn(async move { cloud.create(&asked).await.unwrap().id })
+            let (cloud, call, asked) = (cloud.clone(), call.clone(), asked.clone());
+            tokio::spawn(async move { cloud.create(&call, &asked).await.unwrap().id })
         })
         .collect();
     let ids: HashSet<VolumeId> = futures_util::future::join_all(tasks).await.into_iter().map(Result::unwrap).collect();
@@ -238,7 +250,7 @@ async fn attach_and_detach_here_are_real_and_repeatable() {
     let cloud = store.open();
     let v = made(&cloud).await;
     for _ in 0..2 {
-        cloud.attach(v, store.host(), None).await.unwrap();
+        cloud.attach(&call(), v, store.host(), None).await.unwrap();
         let node = store.node(v);
         assert_eq!(sys::disk_size(File::open(&node).unwrap().as_fd()).unwrap(), MIB);
         let found = cloud.find(v).await.unwrap().unwrap();
@@ -246,12 +258,12 @@ async fn attach_and_detach_here_are_real_and_repeatable() {
         assert_eq!((attached.vm, attached.device_id, found.state.as_str()), (store.host(), Some(1), "Ready"));
     }
     for _ in 0..2 {
-        cloud.detach(v, store.host(), false).await.unwrap();
+        cloud.detach(&call(), v, store.host(), false).await.unwrap();
         assert_eq!(store.bindings(v), []);
         assert_eq!(at(&cloud, v).await, None);
     }
-    assert_eq!(why(cloud.detach(v, store.host(), true).await), Refusal::Unsupported);
-    assert_eq!(why(cloud.attach(VolumeId::random(), store.host(), None).await), Refusal::NoVolume);
+    assert_eq!(why(cloud.detach(&call(), v, store.host(), true).await), Refusal::Unsupported);
+    assert_eq!(why(cloud.attach(&call(), VolumeId::random(), store.host(), None).await), Refusal::NoVolume);
 }
 
 #[tokio::test]
@@ -259,7 +271,7 @@ async fn what_was_written_just_before_a_detach_is_in_the_file() {
     let store = Store::new();
     let cloud = store.open();
     let v = made(&cloud).await;
-    cloud.attach(v, store.host(), None).await.unwrap();
+    cloud.attach(&call(), v, store.host(), None).await.unwrap();
     let node = store.node(v);
     let binding = store.bindings(v).remove(0);
     // Between our flush and our question somebody writes and closes: as we have it open, that close
@@ -295,20 +307,20 @@ async fn on_a_full_filesystem_detach_and_release_still_work() {
     store.options.dir = point.join("store");
     let cloud = store.open();
     let (a, b) = (made(&cloud).await, made(&cloud).await);
-    cloud.attach(a, store.host(), None).await.unwrap();
+    cloud.attach(&call(), a, store.host(), None).await.unwrap();
     let mut filler = File::create(point.join("filler")).unwrap();
     let full = std::iter::repeat_with(|| filler.write_all(&[1; 4096])).find_map(Result::err).unwrap();
     assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
-    assert_eq!(why(cloud.attach(b, store.host(), None).await), Refusal::Capacity);
-    assert_eq!(why(cloud.create(&new(MIB)).await), Refusal::Capacity);
+    assert_eq!(why(cloud.attach(&call(), b, store.host(), None).await), Refusal::Capacity);
+    assert_eq!(why(cloud.create(&call(), &new(MIB)).await), Refusal::Capacity);
     assert_eq!((at(&cloud, b).await, store.bindings(b)), (None, vec![]));
-    cloud.detach(a, store.host(), false).await.unwrap();
-    cloud.exchange_mark(a, Some(label(1).mark), None).await.unwrap();
+    cloud.detach(&call(), a, store.host(), false).await.unwrap();
+    cloud.exchange_mark(&call(), a, Some(label(1).mark), None).await.unwrap();
     let found = cloud.find(a).await.unwrap().unwrap();
     assert_eq!((found.attached, found.mark), (None, None));
     assert_eq!(store.bindings(a), []);
     fs::remove_file(point.join("filler")).unwrap();
-    cloud.delete(a, true).await.unwrap();
+    cloud.delete(&call(), a, true).await.unwrap();
     assert_eq!(fs::metadata(store.options.dir.join("reserve")).unwrap().len(), 256 * 1024);
 }
 
@@ -327,8 +339,8 @@ async fn sixty_four_attaches_at_once_get_devices_and_numbers_of_their_own() {
                 let (cloud, v, host) = (cloud.clone(), *v, store.host());
                 tokio::spawn(async move {
                     match verb {
-                        "attach" => cloud.attach(v, host, None).await,
-                        _ => cloud.detach(v, host, false).await,
+                        "attach" => cloud.attach(&call(), v, host, None).await,
+                        _ => cloud.detach(&call(), v, host, false).await,
                     }
                 })
             })
@@ -357,7 +369,7 @@ async fn one_volume_attached_many_times_at_once_is_bound_once() {
     let tasks: Vec<_> = (0..16)
         .map(|n| {
             let (cloud, host) = (if n % 2 == 0 { cloud.clone() } else { second_daemon.clone() }, store.host());
-            tokio::spawn(async move { cloud.attach(v, host, None).await })
+            tokio::spawn(async move { cloud.attach(&call(), v, host, None).await })
         })
         .collect();
     assert!(futures_util::future::join_all(tasks).await.into_iter().all(|r| r.unwrap().is_ok()));
@@ -370,10 +382,10 @@ async fn a_file_bound_by_hand_is_neither_bound_again_nor_unbound_nor_deleted() {
     let cloud = store.open();
     let v = made(&cloud).await;
     store.bind_by_hand(v);
-    assert_eq!(why(cloud.attach(v, store.host(), None).await), Refusal::Conflict);
-    assert_eq!(why(cloud.attach(v, VmId::random(), None).await), Refusal::Conflict);
-    assert_eq!(why(cloud.detach(v, store.host(), false).await), Refusal::Conflict);
-    assert_eq!(why(cloud.delete(v, false).await), Refusal::Conflict);
+    assert_eq!(why(cloud.attach(&call(), v, store.host(), None).await), Refusal::Conflict);
+    assert_eq!(why(cloud.attach(&call(), v, VmId::random(), None).await), Refusal::Conflict);
+    assert_eq!(why(cloud.detach(&call(), v, store.host(), false).await), Refusal::Conflict);
+    assert_eq!(why(cloud.delete(&call(), v, false).await), Refusal::Conflict);
     assert_eq!(store.bindings(v).len(), 1);
     assert_eq!(at(&cloud, v).await, None);
 }
@@ -383,11 +395,11 @@ async fn detach_of_a_device_somebody_has_open_changes_nothing() {
     let store = Store::new();
     let cloud = store.open();
     let v = made(&cloud).await;
-    cloud.attach(v, store.host(), None).await.unwrap();
+    cloud.attach(&call(), v, store.host(), None).await.unwrap();
     let before = store.meta(v);
     let node = store.node(v);
     let mut user = OpenOptions::new().read(true).write(true).open(&node).unwrap();
-    assert_eq!(why(cloud.detach(v, store.host(), false).await), Refusal::InUse);
+    assert_eq!(why(cloud.detach(&call(), v, store.host(), false).await), Refusal::InUse);
     assert_eq!((store.meta(v), store.node(v)), (before, node.clone()));
     user.write_all(&[1; 4096]).unwrap();
     user.sync_all().unwrap();
@@ -395,7 +407,7 @@ async fn detach_of_a_device_somebody_has_open_changes_nothing() {
     drop(user);
     assert_eq!(store.node(v), node);
     assert_eq!(at(&cloud, v).await, Some(store.host()));
-    cloud.detach(v, store.host(), false).await.unwrap();
+    cloud.detach(&call(), v, store.host(), false).await.unwrap();
     assert_eq!(store.bindings(v), []);
 }
 
@@ -404,11 +416,11 @@ async fn detach_outlasts_somebody_who_opened_it_in_passing() {
     let store = Store::new();
     let cloud = store.open();
     let v = made(&cloud).await;
-    cloud.attach(v, store.host(), None).await.unwrap();
+    cloud.attach(&call(), v, store.host(), None).await.unwrap();
     let user = File::open(store.node(v)).unwrap();
     let task = {
         let (cloud, host) = (cloud.clone(), store.host());
-        tokio::spawn(async move { cloud.detach(v, host, false).await })
+        tokio::spawn(async move { cloud.detach(&call(), v, host, false).await })
     };
     // The detach has begun its test when it has asked for the clearing.
     while !store.bindings(v).iter().any(|b| b.autoclear) {
@@ -425,19 +437,19 @@ async fn slots_are_lowest_free_or_as_asked() {
     let cloud = store.open();
     let (a, b, c) = (made(&cloud).await, made(&cloud).await, made(&cloud).await);
     let vm = VmId::random();
-    cloud.attach(a, vm, Some(Slot::Id(1))).await.unwrap();
-    cloud.attach(a, vm, Some(Slot::Id(1))).await.unwrap();
-    assert_eq!(why(cloud.attach(a, vm, Some(Slot::Id(2))).await), Refusal::Conflict);
-    assert_eq!(why(cloud.attach(b, vm, Some(Slot::Id(1))).await), Refusal::Conflict);
-    assert_eq!(why(cloud.attach(b, vm, Some(Slot::Id(3))).await), Refusal::Other);
-    cloud.attach(b, vm, Some(Slot::Id(2))).await.unwrap();
-    cloud.attach(c, vm, None).await.unwrap();
+    cloud.attach(&call(), a, vm, Some(Slot::Id(1))).await.unwrap();
+    cloud.attach(&call(), a, vm, Some(Slot::Id(1))).await.unwrap();
+    assert_eq!(why(cloud.attach(&call(), a, vm, Some(Slot::Id(2))).await), Refusal::Conflict);
+    assert_eq!(why(cloud.attach(&call(), b, vm, Some(Slot::Id(1))).await), Refusal::Conflict);
+    assert_eq!(why(cloud.attach(&call(), b, vm, Some(Slot::Id(3))).await), Refusal::Other);
+    cloud.attach(&call(), b, vm, Some(Slot::Id(2))).await.unwrap();
+    cloud.attach(&call(), c, vm, None).await.unwrap();
     assert_eq!(cloud.find(c).await.unwrap().unwrap().attached.unwrap().device_id, Some(4));
-    assert_eq!(why(cloud.attach(c, VmId::random(), None).await), Refusal::Conflict);
-    assert_eq!(why(cloud.attach(c, store.host(), None).await), Refusal::Conflict);
-    cloud.detach(c, VmId::random(), false).await.unwrap();
+    assert_eq!(why(cloud.attach(&call(), c, VmId::random(), None).await), Refusal::Conflict);
+    assert_eq!(why(cloud.attach(&call(), c, store.host(), None).await), Refusal::Conflict);
+    cloud.detach(&call(), c, VmId::random(), false).await.unwrap();
     assert_eq!(at(&cloud, c).await, Some(vm));
-    cloud.detach(c, vm, true).await.unwrap();
+    cloud.detach(&call(), c, vm, true).await.unwrap();
     assert_eq!(at(&cloud, c).await, None);
 }
 
@@ -449,18 +461,18 @@ async fn the_root_disk_goes_only_to_a_stopped_vm_that_has_none() {
     let vm = VmId::random();
     assert_eq!(cloud.vm(store.host()).await.unwrap(), Some(VmFacts { running: true, has_root: true }));
     assert_eq!(cloud.vm(vm).await.unwrap(), Some(VmFacts { running: false, has_root: false }));
-    assert_eq!(why(cloud.attach(a, store.host(), Some(Slot::Root)).await), Refusal::Conflict);
+    assert_eq!(why(cloud.attach(&call(), a, store.host(), Some(Slot::Root)).await), Refusal::Conflict);
     let file = store.options.dir.join("vms").join(format!("{vm}.json"));
     fs::write(&file, r#"{"running":true,"note":"kept"}"#).unwrap();
-    assert_eq!(why(cloud.attach(a, vm, Some(Slot::Root)).await), Refusal::Conflict);
+    assert_eq!(why(cloud.attach(&call(), a, vm, Some(Slot::Root)).await), Refusal::Conflict);
     fs::write(&file, r#"{"running":false}"#).unwrap();
-    cloud.attach(a, vm, Some(Slot::Root)).await.unwrap();
+    cloud.attach(&call(), a, vm, Some(Slot::Root)).await.unwrap();
     assert_eq!(cloud.vm(vm).await.unwrap(), Some(VmFacts { running: false, has_root: true }));
-    assert_eq!(why(cloud.attach(b, vm, Some(Slot::Root)).await), Refusal::Conflict);
+    assert_eq!(why(cloud.attach(&call(), b, vm, Some(Slot::Root)).await), Refusal::Conflict);
     fs::write(&file, "nonsense").unwrap();
     assert!(ambiguous(cloud.vm(vm).await).contains(&vm.to_string()));
     let other = VmId::random();
-    cloud.attach(b, other, None).await.unwrap();
+    cloud.attach(&call(), b, other, None).await.unwrap();
     assert!(store.options.dir.join("vms").join(format!("{other}.json")).exists());
 }
 
@@ -470,11 +482,11 @@ async fn no_more_disks_here_than_the_host_takes() {
     store.options.most_disks = 1;
     let cloud = store.open();
     let (a, b) = (made(&cloud).await, made(&cloud).await);
-    cloud.attach(a, store.host(), None).await.unwrap();
-    assert_eq!(why(cloud.attach(b, store.host(), None).await), Refusal::Other);
+    cloud.attach(&call(), a, store.host(), None).await.unwrap();
+    assert_eq!(why(cloud.attach(&call(), b, store.host(), None).await), Refusal::Other);
     assert_eq!(store.bindings(b), []);
-    cloud.detach(a, store.host(), false).await.unwrap();
-    cloud.attach(b, store.host(), None).await.unwrap();
+    cloud.detach(&call(), a, store.host(), false).await.unwrap();
+    cloud.attach(&call(), b, store.host(), None).await.unwrap();
 }
 
 #[tokio::test]
@@ -482,17 +494,17 @@ async fn a_reboot_detaches_here_and_nowhere_else() {
     let mut store = Store::new();
     let cloud = store.open();
     let (a, b, vm) = (made(&cloud).await, made(&cloud).await, VmId::random());
-    cloud.attach(a, store.host(), None).await.unwrap();
-    cloud.attach(b, vm, None).await.unwrap();
+    cloud.attach(&call(), a, store.host(), None).await.unwrap();
+    cloud.attach(&call(), b, vm, None).await.unwrap();
     store.unbind_all();
     // Told as attached: that the kernel has lost the device is another one's business.
     assert_eq!(at(&cloud, a).await, Some(store.host()));
     store.options.boot = BootId::random();
     let cloud = store.open();
     assert_eq!((at(&cloud, a).await, at(&cloud, b).await), (None, Some(vm)));
-    cloud.detach(a, store.host(), false).await.unwrap();
+    cloud.detach(&call(), a, store.host(), false).await.unwrap();
     assert_eq!(store.meta(a)["attached"], serde_json::Value::Null);
-    cloud.attach(a, store.host(), None).await.unwrap();
+    cloud.attach(&call(), a, store.host(), None).await.unwrap();
     store.node(a);
 }
 
@@ -501,12 +513,12 @@ async fn a_lost_device_comes_back_by_attach_and_is_forgotten_by_detach() {
     let store = Store::new();
     let cloud = store.open();
     let v = made(&cloud).await;
-    cloud.attach(v, store.host(), None).await.unwrap();
+    cloud.attach(&call(), v, store.host(), None).await.unwrap();
     store.unbind_all();
-    cloud.attach(v, store.host(), None).await.unwrap();
+    cloud.attach(&call(), v, store.host(), None).await.unwrap();
     store.node(v);
     store.unbind_all();
-    cloud.detach(v, store.host(), false).await.unwrap();
+    cloud.detach(&call(), v, store.host(), false).await.unwrap();
     assert_eq!(at(&cloud, v).await, None);
 }
 
@@ -515,15 +527,15 @@ async fn growing_reaches_the_device_and_shrinking_is_refused() {
     let store = Store::new();
     let cloud = store.open();
     let v = made(&cloud).await;
-    cloud.attach(v, store.host(), None).await.unwrap();
+    cloud.attach(&call(), v, store.host(), None).await.unwrap();
     for _ in 0..2 {
-        assert_eq!(cloud.resize(v, 2 * MIB - 1).await.unwrap(), 2 * MIB);
+        assert_eq!(cloud.resize(&call(), v, 2 * MIB - 1).await.unwrap(), 2 * MIB);
         assert_eq!(sys::disk_size(File::open(store.node(v)).unwrap().as_fd()).unwrap(), 2 * MIB);
     }
-    assert_eq!(why(cloud.resize(v, MIB).await), Refusal::Other);
+    assert_eq!(why(cloud.resize(&call(), v, MIB).await), Refusal::Other);
     // Half done: the file has grown, the device has not.
     OpenOptions::new().write(true).open(store.file(v, "data.img")).unwrap().set_len(3 * MIB).unwrap();
-    assert_eq!(cloud.resize(v, 3 * MIB).await.unwrap(), 3 * MIB);
+    assert_eq!(cloud.resize(&call(), v, 3 * MIB).await.unwrap(), 3 * MIB);
     assert_eq!(sys::disk_size(File::open(store.node(v)).unwrap().as_fd()).unwrap(), 3 * MIB);
     assert_eq!(cloud.find(v).await.unwrap().unwrap().size, 3 * MIB);
 }
@@ -535,14 +547,14 @@ async fn capacity_counts_every_volume_and_the_trash() {
     let cloud = store.open();
     let a = made(&cloud).await;
     made(&cloud).await;
-    assert_eq!(why(cloud.create(&new(2 * MIB)).await), Refusal::Capacity);
-    assert_eq!(why(cloud.resize(a, 3 * MIB).await), Refusal::Capacity);
+    assert_eq!(why(cloud.create(&call(), &new(2 * MIB)).await), Refusal::Capacity);
+    assert_eq!(why(cloud.resize(&call(), a, 3 * MIB).await), Refusal::Capacity);
     assert_eq!(cloud.find(a).await.unwrap().unwrap().size, MIB);
-    cloud.delete(a, false).await.unwrap();
-    assert_eq!(why(cloud.create(&new(2 * MIB)).await), Refusal::Capacity);
-    cloud.delete(a, true).await.unwrap();
-    cloud.create(&new(2 * MIB)).await.unwrap();
-    assert_eq!(why(cloud.create(&new(1 << 60)).await), Refusal::Capacity);
+    cloud.delete(&call(), a, false).await.unwrap();
+    assert_eq!(why(cloud.create(&call(), &new(2 * MIB)).await), Refusal::Capacity);
+    cloud.delete(&call(), a, true).await.unwrap();
+    cloud.create(&call(), &new(2 * MIB)).await.unwrap();
+    assert_eq!(why(cloud.create(&call(), &new(1 << 60)).await), Refusal::Capacity);
     let names: Vec<_> =
         fs::read_dir(store.options.dir.join("volumes")).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names.len(), 2, "{names:?}");
@@ -552,10 +564,10 @@ async fn capacity_counts_every_volume_and_the_trash() {
 async fn a_volume_larger_than_the_filesystem_has_free_is_refused() {
     let store = Store::new();
     let cloud = store.open();
-    assert_eq!(why(cloud.create(&new(1 << 60)).await), Refusal::Capacity);
-    assert_eq!(why(cloud.create(&new(u64::MAX)).await), Refusal::Capacity);
+    assert_eq!(why(cloud.create(&call(), &new(1 << 60)).await), Refusal::Capacity);
+    assert_eq!(why(cloud.create(&call(), &new(u64::MAX)).await), Refusal::Capacity);
     let v = made(&cloud).await;
-    assert_eq!(why(cloud.resize(v, 1 << 60).await), Refusal::Capacity);
+    assert_eq!(why(cloud.resize(&call(), v, 1 << 60).await), Refusal::Capacity);
     assert_eq!(store.meta(v)["intent"], serde_json::Value::Null);
 }
 
@@ -565,19 +577,19 @@ async fn a_mark_changes_only_from_the_one_expected() {
     let cloud = store.open();
     let v = made(&cloud).await;
     let (one, two) = (label(1), label(2));
-    assert_eq!(why(cloud.exchange_mark(v, None, Some(&two)).await), Refusal::Mark(Some(one.mark)));
+    assert_eq!(why(cloud.exchange_mark(&call(), v, None, Some(&two)).await), Refusal::Mark(Some(one.mark)));
     for _ in 0..2 {
-        cloud.exchange_mark(v, Some(one.mark), Some(&two)).await.unwrap();
+        cloud.exchange_mark(&call(), v, Some(one.mark), Some(&two)).await.unwrap();
     }
     assert_eq!(cloud.find(v).await.unwrap().unwrap().mark, Some(two.mark));
     let renamed = Label { disk: DiskName::parse("other").unwrap(), ..label(2) };
-    cloud.exchange_mark(v, Some(two.mark), Some(&renamed)).await.unwrap();
+    cloud.exchange_mark(&call(), v, Some(two.mark), Some(&renamed)).await.unwrap();
     assert_eq!(store.meta(v)["disk"], "other");
     for _ in 0..2 {
-        cloud.exchange_mark(v, Some(two.mark), None).await.unwrap();
+        cloud.exchange_mark(&call(), v, Some(two.mark), None).await.unwrap();
     }
-    assert_eq!(why(cloud.exchange_mark(v, Some(two.mark), Some(&one)).await), Refusal::Mark(None));
-    cloud.exchange_mark(v, None, Some(&one)).await.unwrap();
+    assert_eq!(why(cloud.exchange_mark(&call(), v, Some(two.mark), Some(&one)).await), Refusal::Mark(None));
+    cloud.exchange_mark(&call(), v, None, Some(&one)).await.unwrap();
     assert_eq!(store.meta(v)["mark"], one.mark.to_string());
 }
 
@@ -586,11 +598,11 @@ async fn of_many_who_claim_one_volume_one_gets_it() {
     let store = Store::new();
     let (cloud, second_daemon) = (store.open(), store.open());
     let v = made(&cloud).await;
-    cloud.exchange_mark(v, Some(label(1).mark), None).await.unwrap();
+    cloud.exchange_mark(&call(), v, Some(label(1).mark), None).await.unwrap();
     let tasks: Vec<_> = (10..26)
         .map(|epoch| {
             let cloud = if epoch % 2 == 0 { cloud.clone() } else { second_daemon.clone() };
-            tokio::spawn(async move { cloud.exchange_mark(v, None, Some(&label(epoch))).await.is_ok() })
+            tokio::spawn(async move { cloud.exchange_mark(&call(), v, None, Some(&label(epoch))).await.is_ok() })
         })
         .collect();
     let won = futures_util::future::join_all(tasks).await.into_iter().filter(|r| *r.as_ref().unwrap()).count();
@@ -602,26 +614,26 @@ async fn a_deleted_volume_is_kept_for_a_while_and_expunge_is_for_good() {
     let mut store = Store::new();
     let cloud = store.open();
     let (a, b) = (made(&cloud).await, made(&cloud).await);
-    cloud.attach(a, store.host(), None).await.unwrap();
-    assert_eq!(why(cloud.delete(a, true).await), Refusal::Conflict);
-    cloud.detach(a, store.host(), false).await.unwrap();
-    cloud.attach(a, VmId::random(), None).await.unwrap();
-    assert_eq!(why(cloud.delete(a, false).await), Refusal::Conflict);
+    cloud.attach(&call(), a, store.host(), None).await.unwrap();
+    assert_eq!(why(cloud.delete(&call(), a, true).await), Refusal::Conflict);
+    cloud.detach(&call(), a, store.host(), false).await.unwrap();
+    cloud.attach(&call(), a, VmId::random(), None).await.unwrap();
+    assert_eq!(why(cloud.delete(&call(), a, false).await), Refusal::Conflict);
     store.edit(a, |m| m["attached"] = serde_json::Value::Null);
     let earliest = Timestamp::from(std::time::SystemTime::now()).plus(store.options.trash_keep);
-    let until = cloud.delete(a, false).await.unwrap().unwrap();
+    let until = cloud.delete(&call(), a, false).await.unwrap().unwrap();
     assert!(until >= earliest);
-    assert_eq!(cloud.delete(a, false).await.unwrap(), Some(until));
+    assert_eq!(cloud.delete(&call(), a, false).await.unwrap(), Some(until));
     assert_eq!(cloud.find(a).await.unwrap(), None);
     let trash = || fs::read_dir(store.options.dir.join("trash")).unwrap().count();
     assert_eq!(trash(), 1);
-    assert_eq!(cloud.delete(b, true).await.unwrap(), None);
+    assert_eq!(cloud.delete(&call(), b, true).await.unwrap(), None);
     assert_eq!(trash(), 1);
-    assert_eq!(cloud.delete(a, true).await.unwrap(), None);
+    assert_eq!(cloud.delete(&call(), a, true).await.unwrap(), None);
     assert_eq!(trash(), 0);
-    assert_eq!(cloud.delete(VolumeId::random(), false).await.unwrap(), None);
+    assert_eq!(cloud.delete(&call(), VolumeId::random(), false).await.unwrap(), None);
     let c = made(&cloud).await;
-    cloud.delete(c, false).await.unwrap();
+    cloud.delete(&call(), c, false).await.unwrap();
     assert_eq!(trash(), 1);
     let kept = store.options.dir.join("trash/not-ours");
     fs::create_dir(&kept).unwrap();
@@ -638,5 +650,5 @@ async fn a_protected_volume_says_so_and_is_not_deleted() {
     store.options.protect.push(v);
     let cloud = store.open();
     assert!(cloud.find(v).await.unwrap().unwrap().carries_host.unwrap().contains("protected"));
-    assert_eq!(why(cloud.delete(v, false).await), Refusal::Conflict);
+    assert_eq!(why(cloud.delete(&call(), v, false).await), Refusal::Conflict);
 }

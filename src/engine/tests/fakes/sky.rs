@@ -37,10 +37,10 @@ impl Cloud for Fake {
         .await
     }
 
-    async fn create(&self, new: &NewVolume) -> Result<CloudVolume, CloudError> {
+    async fn create(&self, call: &Call, new: &NewVolume) -> Result<CloudVolume, CloudError> {
         self.call(At::Create, format!("cloud create {}", new.label.disk), |lab| {
             let mut state = lab.state();
-            if let Some(id) = state.sky.created.get(&new.fence) {
+            if let Some(id) = state.sky.created.get(&call.fence()) {
                 return Ok(state.sky.volumes[id].clone());
             }
             let volume = CloudVolume {
@@ -51,15 +51,16 @@ impl Cloud for Fake {
                 attached: None,
                 mark: Some(new.label.mark),
                 carries_host: None,
+                pending: None,
             };
-            state.sky.created.insert(new.fence, volume.id);
+            state.sky.created.insert(call.fence(), volume.id);
             state.sky.volumes.insert(volume.id, volume.clone());
             Ok(volume)
         })
         .await
     }
 
-    async fn attach(&self, volume: VolumeId, vm: VmId, slot: Option<Slot>) -> Result<(), CloudError> {
+    async fn attach(&self, _: &Call, volume: VolumeId, vm: VmId, slot: Option<Slot>) -> Result<(), CloudError> {
         self.call(At::Attach, format!("cloud attach {volume}"), |lab| {
             let here = vm == lab.host;
             let (size, plug) = {
@@ -99,7 +100,7 @@ impl Cloud for Fake {
         .await
     }
 
-    async fn detach(&self, volume: VolumeId, vm: VmId, force: bool) -> Result<(), CloudError> {
+    async fn detach(&self, _: &Call, volume: VolumeId, vm: VmId, force: bool) -> Result<(), CloudError> {
         self.call(At::Detach, format!("cloud detach {volume}{}", if force { " force" } else { "" }), |lab| {
             let stay = {
                 let mut state = lab.state();
@@ -136,7 +137,7 @@ impl Cloud for Fake {
         .await
     }
 
-    async fn resize(&self, volume: VolumeId, size: u64) -> Result<u64, CloudError> {
+    async fn resize(&self, _: &Call, volume: VolumeId, size: u64) -> Result<u64, CloudError> {
         self.call(At::Resize, format!("cloud resize {volume}"), |lab| {
             let names = {
                 let mut state = lab.state();
@@ -160,7 +161,7 @@ impl Cloud for Fake {
         .await
     }
 
-    async fn delete(&self, volume: VolumeId, _expunge: bool) -> Result<Option<Timestamp>, CloudError> {
+    async fn delete(&self, _: &Call, volume: VolumeId, _expunge: bool) -> Result<Option<Timestamp>, CloudError> {
         self.call(At::Delete, format!("cloud delete {volume}"), |lab| {
             let mut state = lab.state();
             let record = lab.record_id();
@@ -179,6 +180,7 @@ impl Cloud for Fake {
 
     async fn exchange_mark(
         &self,
+        _: &Call,
         volume: VolumeId,
         expect: Option<Mark>,
         new: Option<&Label>,
