@@ -21,7 +21,7 @@
 //! | [`command`] | the bytes of one write, as a command; pure | `model`, `error` |
 //! | [`engine`] | admission, operations, reconciling; publishes the [`engine::World`] that reads are answered from | `model`, `error`, `command`, the traits |
 //! | [`store`] | the record and journal: trait and SQLite | `model`, `error` |
-//! | [`cloud`] | the provider: trait, and loop devices as a provider | `model`, `error`, `sys` |
+//! | [`cloud`] | the provider: trait, loop devices as a provider, and CloudStack's API | `model`, `error`, `sys` |
 //! | [`devices`] | what the kernel has: trait, sysfs, uevents, holders | `model`, `error`, `sys` |
 //! | [`fs`] | the tree: node ids, rendering, handles, waiting, the mount; alone knows `fuser` | `engine`, `command`, `model`, `error` |
 //! | [`sys`] | ioctls without a wrapper | nothing of ours |

@@ -274,7 +274,7 @@ impl Client {
             Kind::Read => left.min(self.0.timeout / 3),
             Kind::Write => left,
         };
-        self.send(command, params, algorithm, limit).await
+        self.send(command, params, algorithm, limit, kind).await
     }
 
     async fn send(
@@ -283,6 +283,7 @@ impl Client {
         params: &[(&str, &str)],
         algorithm: Algorithm,
         limit: Duration,
+        kind: Kind,
     ) -> Result<Value, Failure> {
         let keys = self.0.credentials.keys();
         let expires = sign::expires(Timestamp::from(SystemTime::now()));
@@ -295,7 +296,7 @@ impl Client {
             ("expires", expires.as_str()),
         ]);
         let signature = sign::signature(&all, keys.secret.expose(), algorithm);
-        let reply = self.0.transport.post(sign::body(&all, &signature), limit).await;
+        let reply = self.0.transport.post(sign::body(&all, &signature), limit, kind == Kind::Write).await;
         let result = reply.and_then(|reply| {
             let date = reply.date.clone();
             answer::read(reply).map_err(|failure| dated(failure, date.as_deref()))
@@ -322,7 +323,7 @@ impl Client {
         let mut refused = None;
         for algorithm in [Algorithm::Sha1, Algorithm::Sha512] {
             let left = end.saturating_duration_since(Instant::now());
-            match self.send(PROBE, &[], algorithm, left.min(self.0.timeout / 3)).await {
+            match self.send(PROBE, &[], algorithm, left.min(self.0.timeout / 3), Kind::Read).await {
                 Ok(_) => {
                     tracing::debug!("{} takes {algorithm}", self.endpoint());
                     *self.0.proven.lock() = Some(algorithm);
@@ -331,12 +332,7 @@ impl Client {
                 Err(failure) if failure.again == Again::Keys => refused = Some(failure),
                 // The role forbids the probe, and said so before it looked at the signature.
                 Err(Failure { error: ApiError::Api { code: 401, .. }, .. }) => return Ok(Algorithm::Sha1),
-                // Of the call itself nothing was sent yet.
-                Err(Failure { error: ApiError::NoAnswer { words }, again }) => {
-                    let again = if again == Again::Lost { Again::Clean } else { again };
-                    return Err(Failure::not_sent(format!("{PROBE} before it: {words}"), again));
-                }
-                Err(failure) => return Err(failure),
+                Err(failure) => return Err(of_probe(failure)),
             }
         }
         Err(refused.unwrap_or_else(|| Failure::not_sent("no way to sign was tried", Again::Never)))
@@ -366,6 +362,18 @@ impl Client {
             api @ ApiError::Api { .. } => api,
             other => other.with_words(|words| format!("{command} at {}: {words}{tries}", self.endpoint())),
         }
+    }
+}
+
+/// Of the call itself nothing was sent yet: what is in doubt is the probe alone.
+fn of_probe(failure: Failure) -> Failure {
+    let before = |words| format!("{PROBE} before it: {words}");
+    match failure {
+        Failure { error: ApiError::NoAnswer { words }, again: Again::Lost } => {
+            Failure::not_sent(before(words), Again::Clean)
+        }
+        Failure { error: ApiError::NoAnswer { words }, again } => Failure::not_sent(before(words), again),
+        Failure { error, again } => Failure { error: error.with_words(before), again },
     }
 }
 

@@ -11,7 +11,7 @@ use std::io::Read;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use zeroize::Zeroizing;
@@ -25,7 +25,8 @@ const SECRET: &str = "CLOUDSTACK_SECRET";
 const SECTION: &str = "cloudstack";
 /// No file of keys is longer.
 const LONGEST: u64 = 64 << 10;
-/// A file changed so shortly before it was read may change again without its time telling.
+/// A file changed so shortly before it was read may change again without its times telling: those of
+/// some filesystems have whole seconds.
 const SETTLED: Duration = Duration::from_secs(2);
 
 type Variables = dyn Fn(&str) -> Option<OsString> + Send + Sync;
@@ -107,7 +108,7 @@ struct Stamp {
     ino: u64,
     size: u64,
     mtime: (i64, i64),
-    /// A chmod that cures a refusal changes only this.
+    /// Changes also where the others were set back, or only the mode changed.
     ctime: (i64, i64),
 }
 
@@ -258,7 +259,7 @@ fn the_one(named: Option<&Path>, environment: &Environment) -> Result<Source, St
     }
     if let Some(dir) = environment.get("CREDENTIALS_DIRECTORY") {
         let path = Path::new(&dir).join("cloudstack");
-        if path.exists() {
+        if there_may_be(&path) {
             sources.push(Source::Systemd(path));
         }
     }
@@ -273,6 +274,11 @@ fn the_one(named: Option<&Path>, environment: &Environment) -> Result<Source, St
     }
 }
 
+/// One that cannot be looked at is not passed over: opening it says why.
+fn there_may_be(path: &Path) -> bool {
+    path.try_exists().unwrap_or(true)
+}
+
 /// Where `cs` looks, but for its file in the working directory: a daemon has no such place.
 fn tool_file(environment: &Environment) -> Result<Source, String> {
     let section = environment.text("CLOUDSTACK_REGION")?.map_or_else(|| SECTION.to_owned(), |name| name.to_string());
@@ -281,7 +287,7 @@ fn tool_file(environment: &Environment) -> Result<Source, String> {
     }
     if let Some(home) = environment.get("HOME") {
         let path = Path::new(&home).join(".cloudstack.ini");
-        if path.exists() {
+        if there_may_be(&path) {
             return Ok(Source::Tool(path, section));
         }
     }
@@ -333,8 +339,9 @@ fn from_file(source: &Source) -> Result<(Found, Option<Stamp>), String> {
     let text = read_text(&file, meta.size()).map_err(|e| format!("{shown} with the CloudStack keys: {e}"))?;
     let found = parse(&text, section, !matches!(source, Source::Tool(..)));
     let found = found.map_err(|words| format!("{shown}: {words}"))?;
-    let young = meta.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok());
-    let settled = young.is_some_and(|age| age > SETTLED);
+    // By the time that nobody can set: mtime is also what rsync and cp -p make it.
+    let changed = UNIX_EPOCH + Duration::from_secs(u64::try_from(meta.ctime()).unwrap_or(0));
+    let settled = SystemTime::now().duration_since(changed).is_ok_and(|age| age > SETTLED);
     Ok((found, settled.then(|| Stamp::of(&meta))))
 }
 

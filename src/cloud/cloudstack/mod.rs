@@ -38,7 +38,7 @@ mod snapshots;
 mod transport;
 pub mod whoami;
 
-pub use answer::ApiError;
+pub use answer::{ApiError, success};
 pub use client::{Client, ClientOptions};
 pub use credentials::Environment;
 pub use provider::{CloudStack, Options};

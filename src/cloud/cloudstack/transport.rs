@@ -18,7 +18,10 @@ const BODY_MOST: usize = 64 << 20;
 /// The way to the API.
 #[derive(Debug)]
 pub(super) struct Transport {
-    http: reqwest::Client,
+    pooled: reqwest::Client,
+    /// Without a pool. A server that closes an idle connection in the moment of a request leaves open
+    /// whether it took the request; for a change, connecting anew costs less than finding that out.
+    fresh: reqwest::Client,
     endpoint: Url,
     ca: Option<String>,
 }
@@ -30,29 +33,35 @@ impl Transport {
         let endpoint = address(endpoint)?;
         // The first one stays; whoever came before us chose it for this process.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut http = reqwest::Client::builder()
-            .user_agent(concat!("volfs/", env!("CARGO_PKG_VERSION")))
-            .redirect(redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .referer(false)
-            // Signed requests do not take a way that depends on who started the daemon.
-            .no_proxy()
-            .http1_only()
-            .connect_timeout(connect)
-            .tcp_nodelay(true)
-            .pool_idle_timeout(POOL_IDLE)
-            .pool_max_idle_per_host(POOL_MOST);
-        match ca {
-            Some(path) => http = http.tls_certs_only(certificates(path)?),
+        let roots = match ca {
+            Some(path) => Some(certificates(path)?),
             // No roots are needed, and a machine without any can go on.
-            None if endpoint.scheme() == "http" => http = http.tls_certs_only([]),
-            None => {}
-        }
-        let http = http.build().map_err(|e| {
-            format!("TLS cannot be set up: {} (install ca-certificates, or name your CA by ca)", chain(&e))
-        })?;
+            None if endpoint.scheme() == "http" => Some(Vec::new()),
+            None => None,
+        };
+        let build = |idle| {
+            let mut http = reqwest::Client::builder()
+                .user_agent(concat!("volfs/", env!("CARGO_PKG_VERSION")))
+                .redirect(redirect::Policy::none())
+                .retry(reqwest::retry::never())
+                .referer(false)
+                // Signed requests do not take a way that depends on who started the daemon.
+                .no_proxy()
+                .http1_only()
+                .connect_timeout(connect)
+                .tcp_nodelay(true)
+                .pool_idle_timeout(POOL_IDLE)
+                .pool_max_idle_per_host(idle);
+            if let Some(roots) = &roots {
+                http = http.tls_certs_only(roots.iter().cloned());
+            }
+            http.build().map_err(|e| {
+                format!("TLS cannot be set up: {} (install ca-certificates, or name your CA by ca)", chain(&e))
+            })
+        };
+        let (pooled, fresh) = (build(POOL_MOST)?, build(0)?);
         let ca = ca.map(|path| path.display().to_string());
-        Ok(Self { http, endpoint, ca })
+        Ok(Self { pooled, fresh, endpoint, ca })
     }
 
     /// Where it goes, to be shown.
@@ -66,10 +75,11 @@ impl Transport {
         self.endpoint.scheme() == "http" && !self.endpoint.host_str().is_some_and(here)
     }
 
-    /// Posts a form and takes the whole reply, all within `limit`.
-    pub(super) async fn post(&self, form: String, limit: Duration) -> Result<Reply, Failure> {
-        let request = self
-            .http
+    /// Posts a form and takes the whole reply, all within `limit`; over a connection of its own if it
+    /// changes something.
+    pub(super) async fn post(&self, form: String, limit: Duration, changes: bool) -> Result<Reply, Failure> {
+        let http = if changes { &self.fresh } else { &self.pooled };
+        let request = http
             .post(self.endpoint.clone())
             .header(header::CONTENT_TYPE, "application/x-www-form-urlencoded; charset=utf-8")
             .header(header::ACCEPT, "application/json")
@@ -116,15 +126,17 @@ impl Transport {
     }
 
     fn tls_words(&self, error: &rustls::Error) -> String {
-        if !matches!(error, rustls::Error::InvalidCertificate(_)) {
-            return format!("no TLS connection: {error}");
-        }
-        match &self.ca {
-            Some(path) => format!("its certificate is not trusted: {error}; only the CA in {path} (ca) is taken"),
-            None => format!(
+        let rustls::Error::InvalidCertificate(why) = error else { return format!("no TLS connection: {error}") };
+        let unknown = matches!(why, rustls::CertificateError::UnknownIssuer);
+        match (&self.ca, unknown) {
+            (Some(path), true) => {
+                format!("its certificate is not trusted: {error}; only the CA in {path} (ca) is taken")
+            }
+            (None, true) => format!(
                 "its certificate is not trusted: {error}; if it is of your own CA, name the CA's PEM file by ca in \
                  [cloudstack]"
             ),
+            (_, false) => format!("its certificate is not trusted: {error}"),
         }
     }
 }

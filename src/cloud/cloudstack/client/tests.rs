@@ -169,8 +169,10 @@ async fn a_call_is_a_signed_post_that_expires() {
 async fn what_is_logged_is_caught_by_the_canary() {
     let b = Bench::new(vec![Act::json(530, r#"{"r":{"errorcode":530,"errortext":"broken"}}"#)]);
     b.read().await.unwrap_err();
-    // hyper's own tracing at its lowest level, and ours.
-    assert!(b.printed.text().contains("CloudStack: broken"), "{}", b.printed.text());
+    // Ours, and what the libraries say by `log`.
+    for text in ["CloudStack: broken", "starting new connection"] {
+        assert!(b.printed.text().contains(text), "{text}: {}", b.printed.text());
+    }
 }
 
 #[tokio::test]
@@ -179,7 +181,8 @@ async fn a_reset_is_no_answer_and_only_a_read_is_sent_again() {
     b.read().await.unwrap();
     assert_eq!(b.server.requests().len(), 2);
     let b = Bench::new(vec![Act::Reset, Act::json(200, JOB)]);
-    assert!(no_answer(b.write().await).contains("attachVolume"));
+    let words = no_answer(b.write().await);
+    assert!(words.contains("attachVolume") && words.contains("reset"), "{words}");
     assert_eq!(b.server.requests().len(), 1);
 }
 
@@ -291,9 +294,10 @@ async fn a_server_in_maintenance_is_asked_again_even_by_a_write() {
 async fn a_silent_server_is_no_answer_within_the_deadline() {
     let b = Bench::with(vec![Act::Silent], |o| o.timeout = Duration::from_millis(900));
     let begun = Instant::now();
-    assert!(no_answer(b.read().await).contains("no answer within 0.3 s"));
-    assert_eq!(b.server.requests().len(), 3 - usize::from(begun.elapsed() < Duration::from_millis(800)));
-    assert!(begun.elapsed() < Duration::from_millis(1500));
+    assert!(no_answer(b.read().await).contains("no answer within 0."));
+    // Three where each try has its third; two on a machine too busy for that.
+    assert!((2..=3).contains(&b.server.requests().len()), "{}", b.server.requests().len());
+    assert!(begun.elapsed() < Duration::from_secs(3));
     let b = Bench::with(vec![Act::Silent], |o| o.timeout = Duration::from_millis(600));
     no_answer(b.write().await);
     assert_eq!(b.server.requests().len(), 1);
@@ -328,8 +332,8 @@ async fn a_redirect_is_not_followed() {
 #[tokio::test]
 async fn a_refused_connection_sent_nothing() {
     let b = Bench::new(Vec::new());
-    let gone = Server::start(Vec::new()).endpoint();
-    let client = Client::with_pace(options(&gone), QUICK).unwrap();
+    let deaf = server::Deaf::new();
+    let client = Client::with_pace(options(&deaf.endpoint()), QUICK).unwrap();
     for result in [client.read("listVolumes", &[]).await, client.write("attachVolume", &[]).await] {
         let words = not_sent(b.shown(result));
         assert!(words.contains("refused") && words.contains("3 tries"), "{words}");
@@ -361,20 +365,31 @@ async fn a_body_without_end_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_connection_is_used_again_and_its_end_is_not_an_error() {
-    let b = Bench::new(vec![Act::json(200, LISTED), Act::json(200, LISTED), Act::Closing(LISTED), Act::json(200, JOB)]);
+async fn reads_share_a_connection_and_its_end_is_no_error() {
+    let b =
+        Bench::new(vec![Act::json(200, LISTED), Act::json(200, LISTED), Act::Closing(LISTED), Act::json(200, LISTED)]);
     for _ in 0..3 {
         b.read().await.unwrap();
     }
     assert_eq!(b.server.connections(), 1);
-    b.write().await.unwrap();
+    b.read().await.unwrap();
     assert_eq!((b.server.connections(), b.server.requests().len()), (2, 4));
+}
+
+#[tokio::test]
+async fn a_write_never_meets_a_connection_that_the_server_is_closing() {
+    let b = Bench::new(vec![Act::json(200, LISTED), Act::Closing(LISTED), Act::Closing(JOB), Act::json(200, JOB)]);
+    b.read().await.unwrap();
+    b.read().await.unwrap();
+    b.write().await.unwrap();
+    b.write().await.unwrap();
+    assert_eq!((b.server.connections(), b.server.requests().len()), (3, 4));
 }
 
 #[tokio::test]
 async fn what_a_proxy_repeats_of_a_request_is_hidden() {
     let b = Bench::new(vec![Act::Echo]);
-    let words = no_answer(b.read().await);
+    let words = no_answer(b.write().await);
     assert!(words.contains("HTML page (") && words.contains('…'), "{words}");
 }
 

@@ -225,21 +225,37 @@ fn new_keys_are_used_and_broken_ones_are_not() {
     assert!(c.trouble().is_some());
 }
 
+/// Has the file read until it is old enough to be told by its stamp.
+fn settle(c: &Credentials) -> Stamp {
+    let end = std::time::Instant::now() + Duration::from_secs(10);
+    loop {
+        c.keys();
+        if let Some(stamp) = c.state.lock().stamp {
+            return stamp;
+        }
+        assert!(std::time::Instant::now() < end, "a file at rest is never believed to be so");
+        std::thread::yield_now();
+    }
+}
+
 #[test]
-fn a_file_that_did_not_change_is_not_read() {
+fn a_file_at_rest_is_not_read_again() {
     let place = Place::new();
     let path = place.keys("k", GOOD);
-    // Old enough to be believed by its times.
-    let past = SystemTime::now() - Duration::from_secs(60);
-    File::open(&path).unwrap().set_modified(past).unwrap();
     let c = Credentials::find(Some(&path), None, &Environment::empty()).unwrap();
-    let first = c.state.lock().stamp;
-    assert!(first.is_some());
-    assert!(Arc::ptr_eq(&c.keys(), &c.keys()));
-    assert_eq!(c.state.lock().stamp, first);
-    File::open(&path).unwrap().set_modified(past - Duration::from_secs(1)).unwrap();
-    c.keys();
-    assert_ne!(c.state.lock().stamp, first, "another time was not noticed");
+    assert_eq!(c.state.lock().stamp, None, "a file this young may change again unnoticed");
+    settle(&c);
+    // The content changed, and the times look as if it had not.
+    std::fs::write(&path, GOOD.replace("sss", "ttt")).unwrap();
+    c.state.lock().stamp = Some(Stamp::of(&std::fs::metadata(&path).unwrap()));
+    assert_eq!(c.keys().secret.expose(), "sss", "the file was read without need");
+    assert_eq!(c.keys_again().secret.expose(), "ttt");
+    // As `cp -p` and `rsync -t` do: same size, same mtime.
+    settle(&c);
+    let times = std::fs::metadata(&path).unwrap().modified().unwrap();
+    std::fs::write(&path, GOOD.replace("sss", "uuu")).unwrap();
+    File::options().write(true).open(&path).unwrap().set_modified(times).unwrap();
+    assert_eq!(c.keys().secret.expose(), "uuu");
 }
 
 #[test]

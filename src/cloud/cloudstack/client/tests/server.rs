@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -64,7 +65,9 @@ struct Seen {
 struct Shared {
     script: Mutex<VecDeque<Act>>,
     seen: Mutex<Vec<Seen>>,
-    streams: Mutex<Vec<TcpStream>>,
+    /// Open ones, by number: a connection that ends leaves no copy behind, which would keep it open.
+    streams: Mutex<BTreeMap<usize, TcpStream>>,
+    connections: AtomicUsize,
     stopping: Mutex<bool>,
     arrived: tokio::sync::Notify,
 }
@@ -90,9 +93,13 @@ impl Server {
                 if *stopping {
                     break;
                 }
-                own.streams.lock().push(stream.try_clone().unwrap());
+                let number = own.connections.fetch_add(1, Ordering::Relaxed);
+                own.streams.lock().insert(number, stream.try_clone().unwrap());
                 let own = own.clone();
-                threads.push(std::thread::spawn(move || serve(&own, stream)));
+                threads.push(std::thread::spawn(move || {
+                    serve(&own, &stream);
+                    own.streams.lock().remove(&number);
+                }));
             }
             threads.into_iter().for_each(|t| drop(t.join()));
         });
@@ -120,7 +127,7 @@ impl Server {
     }
 
     pub(super) fn connections(&self) -> usize {
-        self.shared.streams.lock().len()
+        self.shared.connections.load(Ordering::Relaxed)
     }
 
     /// The time between two requests.
@@ -147,7 +154,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         *self.shared.stopping.lock() = true;
-        for stream in self.shared.streams.lock().iter() {
+        for stream in self.shared.streams.lock().values() {
             let _ = stream.shutdown(Shutdown::Both);
         }
         let _ = TcpStream::connect(self.at);
@@ -155,8 +162,8 @@ impl Drop for Server {
     }
 }
 
-fn serve(shared: &Shared, stream: TcpStream) {
-    let mut reader = BufReader::new(stream.try_clone().unwrap());
+fn serve(shared: &Shared, stream: &TcpStream) {
+    let mut reader = BufReader::new(stream);
     while let Some((head, body)) = request(&mut reader) {
         let form = decode(&body);
         let act = {
@@ -166,7 +173,7 @@ fn serve(shared: &Shared, stream: TcpStream) {
         };
         shared.seen.lock().push(Seen { at: Instant::now(), head, form: form.clone() });
         shared.arrived.notify_waiters();
-        if !perform(act, &stream, &form, &body) {
+        if !perform(act, stream, &form, &body) {
             return;
         }
     }
@@ -271,6 +278,31 @@ fn decode(body: &str) -> Form {
     body.split('&').filter_map(|pair| pair.split_once('=')).map(|(n, v)| (text(n), text(v))).collect()
 }
 
+/// An address that is taken, and refuses each connection.
+pub(super) struct Deaf {
+    at: SocketAddr,
+    _socket: OwnedFd,
+}
+
+impl Deaf {
+    pub(super) fn new() -> Self {
+        let (socket, at) = bound();
+        Self { at, _socket: socket }
+    }
+
+    pub(super) fn endpoint(&self) -> String {
+        format!("http://{}/client/api", self.at)
+    }
+}
+
+fn bound() -> (OwnedFd, SocketAddr) {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with};
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    bind(&socket, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
+    let at = SocketAddr::try_from(getsockname(&socket).unwrap()).unwrap();
+    (socket, at)
+}
+
 /// A listener whose queue is full: the kernel drops what else wants to connect.
 pub(super) struct Full {
     at: SocketAddr,
@@ -280,11 +312,8 @@ pub(super) struct Full {
 
 impl Full {
     pub(super) fn new() -> Self {
-        use rustix::net::{AddressFamily, SocketType, bind, getsockname, listen, socket};
-        let listener = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-        bind(&listener, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
-        listen(&listener, 0).unwrap();
-        let at = SocketAddr::try_from(getsockname(&listener).unwrap()).unwrap();
+        let (listener, at) = bound();
+        rustix::net::listen(&listener, 0).unwrap();
         let mut waiting = Vec::new();
         while let Ok(stream) = TcpStream::connect_timeout(&at, Duration::from_millis(200)) {
             waiting.push(stream);
