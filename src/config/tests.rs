@@ -115,7 +115,7 @@ fn the_cloud_is_described_by_its_own_table() {
     assert_eq!(c.cloudstack, wanted);
     let file = Source::File(c.file.clone().unwrap());
     let of_table: Vec<&Setting> = c.settings.iter().filter(|s| s.name.starts_with("cloudstack.")).collect();
-    assert_eq!(of_table.len(), 11, "each key has its line in check: {of_table:?}");
+    assert_eq!(of_table.len(), 12, "each key has its line in check: {of_table:?}");
     assert!(of_table.iter().all(|s| s.source == file), "{of_table:?}");
 }
 
@@ -128,7 +128,7 @@ fn the_cloud_needs_no_key_of_its_table() {
     assert_eq!(c.cloudstack.recoverable_for, Duration::from_secs(86_400));
     assert_eq!(c.cloudstack.timeout, Duration::from_secs(30));
     let of_table: Vec<&Setting> = c.settings.iter().filter(|s| s.name.starts_with("cloudstack.")).collect();
-    assert_eq!(of_table.len(), 11);
+    assert_eq!(of_table.len(), 12);
     assert!(of_table.iter().all(|s| s.source == Source::Default && !s.value.is_empty()), "{of_table:?}");
 }
 
