@@ -2,6 +2,7 @@
 //! rule's number of the contract (`x1_`, `v6_`, `c4_`, `d3_`, `r10_`) tests that rule.
 
 mod admission;
+mod cloud;
 mod fakes;
 mod jobs;
 mod model;

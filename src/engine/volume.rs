@@ -407,7 +407,8 @@ impl Engine {
         let size = match size == seen.size {
             true => size,
             false => {
-                self.patiently(live, &what, Some(volume.uuid), || self.cloud.resize(&call, volume.uuid, size)).await?
+                let resize = |_| self.cloud.resize(&call, volume.uuid, size);
+                self.guarded(live, &volume, &what, Some(seen.clone()), resize).await?
             }
         };
         failpoint::reach("resize.after-call").await;
