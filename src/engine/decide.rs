@@ -83,13 +83,8 @@ impl Engine {
             let vm = volume.vm.unwrap_or(self.host);
             return Verdict::Deny(Error::AttachedElsewhere { volume: volume.uuid, vm });
         }
-        let of_snapshots = matches!(action.verb(), Verb::Snapshot | Verb::Revert | Verb::DeleteSnapshot);
-        match (&verdict, by_name(volume, action)) {
-            // Which are ours the record knows, wherever the volume is.
-            (Verdict::Start | Verdict::Reconcile, denied @ Verdict::Deny(_)) if of_snapshots => return denied,
-            (Verdict::Start, denied @ Verdict::Deny(_)) => return denied,
-            (Verdict::Start, _) => {}
-            _ => return verdict,
+        if verdict != Verdict::Start {
+            return verdict;
         }
         match action {
             Action::Move { job: to } => match core.world.job_rows.get(to).and_then(|row| core.world.jobs.get(row)) {
@@ -102,6 +97,11 @@ impl Engine {
                     None => verdict,
                 },
             },
+            Action::Snapshot { .. }
+            | Action::Revert { .. }
+            | Action::DeleteSnapshot { .. }
+            | Action::Delete { .. }
+            | Action::Release { .. } => by_name(volume, action),
             Action::Disk { name } if job.disks.contains_key(name) || job.creating.contains_key(name) => {
                 Verdict::Deny(Error::DiskExists { job: job.id.clone(), disk: name.clone() })
             }

@@ -93,6 +93,9 @@ impl Core {
     pub(super) fn drop_snapshots(&mut self, volume: &Volume) {
         self.unindex(&volume.snapshots);
         self.known_snapshots.asked.remove(&volume.row);
+        for (row, _) in volume.snapshots.ours() {
+            self.known_snapshots.absent.remove(&row);
+        }
         let ours = Snapshots::new(volume.snapshots.ours().map(|(_, s)| s.clone()));
         if !ours.is_empty() {
             self.known_snapshots.kept.insert(volume.uuid, ours);

@@ -10,7 +10,7 @@ use super::super::operation::{Acted, Done, Fail};
 use super::super::ticket::Ticket;
 use super::super::world::{Job, Volume};
 use super::super::{Engine, Target};
-use super::in_place;
+use super::{by_name, in_place};
 use crate::command::Action;
 use crate::error::Error;
 use crate::model::{Caller, DiskName, DiskRow, JobRow, OpId, SnapshotName, Status};
@@ -52,15 +52,20 @@ impl Engine {
     pub(in super::super) fn decide_set(&self, core: &Core, job: &Job, action: &Action, caller: &Caller) -> Verdict {
         let mut lines = Vec::new();
         for (disk, row) in &job.disks {
-            match self.decide_volume(core, *row, action, caller, None) {
+            let Some(volume) = core.world.volumes.get(row) else { continue };
+            // Which are ours the record knows, also of a volume of which nothing else can be told.
+            let verdict = match self.decide_volume(core, *row, action, caller, None) {
+                Verdict::Reconcile => by_name(volume, action),
+                verdict => verdict,
+            };
+            match verdict {
                 Verdict::Deny(error) => lines.push((disk.clone(), error)),
-                Verdict::Reconcile if matches!(action, Action::Revert { .. }) => {
-                    let Some(volume) = core.world.volumes.get(row) else { continue };
+                _ if volume.base == Status::Unknown && matches!(action, Action::Revert { .. }) => {
                     let why = volume.why.as_deref().unwrap_or("nobody can tell yet").into();
                     let error = Error::NotSettled { volume: volume.uuid, status: volume.base, why };
                     lines.push((disk.clone(), error));
                 }
-                Verdict::Start | Verdict::Join(_) | Verdict::AlreadyDone | Verdict::Reconcile => {}
+                _ => {}
             }
         }
         if lines.is_empty() { Verdict::Start } else { Verdict::Deny(Error::Several { lines }) }

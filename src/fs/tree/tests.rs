@@ -210,11 +210,18 @@ fn a_snapshot_is_a_file_of_its_volume_under_an_id_of_its_own_and_ends_as_stale()
     w.snapshots.clear();
     w.foreign_snapshots.clear();
     add_snapshot(&mut w, 11, 33, "before-test", true);
+    add_snapshot(&mut w, 11, 34, "a-neighbour", true);
+    add_snapshot(&mut w, 11, 35, "daily", false);
+    add_snapshot(&mut w, 11, 36, "another", false);
     let a = Asked::new(w);
     for node in [ours, foreign] {
         assert_eq!(meta(&a.view(), node), Err(Errno::ESTALE));
     }
     assert_eq!(a.find(&format!("{dir}/before-test")), Ok(Node::Snapshot(SnapRow(33))));
+    for (name, n) in [("before-test", 33), ("a-neighbour", 34), ("daily", 35), ("another", 36)] {
+        let text = a.text(&format!("{dir}/{name}")).unwrap();
+        assert!(text.contains(&snap(n).to_string()) && text.contains(name), "{name}: {text}");
+    }
     let (time, _) = meta(&a.view(), a.find(&dir).unwrap()).unwrap();
     assert_eq!(time, Some(crate::fs::testing::at(50)));
 }
