@@ -6,5 +6,6 @@
 
 #[path = "../tree/common.rs"]
 mod common;
+mod faults;
 mod main_job;
 mod site;
