@@ -29,7 +29,7 @@ impl Engine {
         } else {
             self.detach_there(live, &volume, &seen, vm, force, &what).await?;
         }
-        let after = self.look_ours(&volume, &what).await.map_err(|f| Fail::ambiguous(f.error))?;
+        let after = self.look_until(&volume, &what, |seen| seen.attached.is_none_or(|a| a.vm != vm)).await?;
         if after.attached.is_some_and(|a| a.vm == vm) {
             let why = "the cloud says it is still attached after it said done".into();
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));

@@ -64,6 +64,8 @@ impl Fail {
 
 pub(super) type Acted = Result<Done, Fail>;
 
+/// The first pause before the cloud is asked again what it shows after a call.
+const LAG: Duration = Duration::from_millis(50);
 /// How often a wait for the kernel looks again without being told.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -388,6 +390,26 @@ impl Engine {
         let looked = looked
             .map_err(|error| Fail::clean(cloud_fail(what, Some(volume.uuid), None, self.about.name, error).error))?;
         self.ours(volume, looked)
+    }
+
+    /// The same after a call that changed something: until the cloud shows it `so`, for as long as an
+    /// answer may come from a copy of its books that lags behind.
+    pub(super) async fn look_until(
+        &self,
+        volume: &Volume,
+        what: &str,
+        so: impl Fn(&CloudVolume) -> bool,
+    ) -> Result<CloudVolume, Fail> {
+        let began = tokio::time::Instant::now();
+        let mut pause = LAG;
+        loop {
+            let seen = self.look_ours(volume, what).await.map_err(|f| Fail::ambiguous(f.error))?;
+            if so(&seen) || began.elapsed() >= self.about.late {
+                return Ok(seen);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LOOK_AGAIN);
+        }
     }
 
     /// The same before a call that changes something: a job of the cloud that is still pending on the

@@ -35,6 +35,13 @@ impl Engine {
         let made = match self.patiently(live, &what, None, || self.cloud.create(&call, &new)).await {
             Ok(made) => made,
             Err(fail) if fail.ambiguous => self.made_after_all(live, &what, &call, &new, fail).await?,
+            // A refusal may have come after the volume was made: of its mark, say.
+            Err(fail) if !matches!(fail.error, Error::CloudUnreachable { .. }) => {
+                match self.cloud.find_created(live.fence).await {
+                    Ok(None) => return Err(fail),
+                    Ok(Some(_)) | Err(_) => self.made_after_all(live, &what, &call, &new, fail).await?,
+                }
+            }
             Err(fail) => return Err(fail),
         };
         failpoint::reach("create.after-call").await;
@@ -74,8 +81,10 @@ impl Engine {
                 // Said again: it goes on with what is there.
                 (_, Ok(Some(_))) => match self.cloud.create(call, new).await {
                     Ok(made) => return Ok(made),
-                    Err(CloudError::Refused { why, words }) => {
+                    Err(CloudError::Refused { why, words }) if why != Refusal::Passing => {
                         let error = CloudError::Refused { why, words };
+                        // It stays, and is shown in unclaimed/.
+                        self.core.lock().twins.push((live.fence, (self.clock)()));
                         return Err(Fail::ambiguous(cloud_fail(what, None, None, self.about.name, error).error));
                     }
                     Err(error) => tracing::warn!(operation = %live.id, "not finished yet: {error}"),

@@ -287,13 +287,24 @@ impl Engine {
                 match &seen {
                     // Gone from there: the same steps find nothing to take away, and record it.
                     Some(seen) if seen.attached.is_none_or(|a| a.vm != vm) && seen.mark == Some(ours) => {
-                        let here = self.candidates(volume.uuid).await;
-                        match here {
-                            Ok(disks) if disks.is_empty() || vm != self.host => {
-                                finish(self.detach(live, row, Some(vm), *force).await)
+                        if vm == self.host {
+                            if let Some(mapping) = &volume.mapping {
+                                // The cloud has it no more: our descriptor only keeps it from going.
+                                mapping.pin.release();
                             }
-                            _ => Found::NotBegun,
+                            match self.candidates(volume.uuid).await {
+                                Ok(disks) if disks.is_empty() => {}
+                                Ok(_) => {
+                                    let why = "the cloud has detached it, and its device has not gone yet".into();
+                                    return Found::Unclear(Fail::clean(Error::CannotTell { why }));
+                                }
+                                Err(error) => {
+                                    let why = error.to_string();
+                                    return Found::Unclear(Fail::clean(Error::CannotTell { why }));
+                                }
+                            }
                         }
+                        finish(self.detach(live, row, Some(vm), *force).await)
                     }
                     _ => Found::NotBegun,
                 }

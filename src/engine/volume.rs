@@ -260,7 +260,9 @@ impl Engine {
             }
         };
         let volume = self.owned(row)?;
-        let seen = self.look_ours(&volume, what).await.map_err(|f| Fail::ambiguous(f.error))?;
+        let pin = mapping.pin.clone();
+        let settled = |seen: &CloudVolume| seen.attached.is_some_and(|a| a.vm == self.host) || !pin.alive();
+        let seen = self.look_until(&volume, what, settled).await?;
         if seen.attached.map(|a| a.vm) != Some(self.host) {
             let why = "the device is here, but the cloud does not say attached here".into();
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));
@@ -363,7 +365,7 @@ impl Engine {
         what: &str,
     ) -> Acted {
         let volume = self.owned(row)?;
-        let seen = self.look_ours(&volume, what).await.map_err(|f| Fail::ambiguous(f.error))?;
+        let seen = self.look_until(&volume, what, |seen| seen.attached.is_some_and(|a| a.vm == vm)).await?;
         if seen.attached.map(|a| a.vm) != Some(vm) {
             let why = format!("the cloud does not say attached to VM {vm} after it said done");
             return Err(Fail::ambiguous(Error::Contradiction { volume: volume.uuid, why }));

@@ -6,5 +6,8 @@
 
 #[path = "../tree/common.rs"]
 mod common;
+mod faults;
+mod killed;
+mod lane;
 mod main_job;
 mod site;

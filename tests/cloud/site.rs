@@ -7,9 +7,12 @@ use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use fakecloud::{FakeCloud, Options};
+use fakecloud::{Effect, FakeCloud, Options};
 
 use crate::common::{PATIENCE, Volfs};
+
+/// The tag that is the owner's mark.
+pub const MARK: &str = "volfs";
 
 /// The cloud, and the daemon on its host.
 pub struct Site {
@@ -62,6 +65,36 @@ impl Site {
         self.volfs.value(format!("jobs/{job}/disks/{disk}/{file}"))
     }
 
+    /// Loop devices of this machine that have the volume's file: what the kernel really shows of it.
+    pub fn in_kernel(&self, id: &str) -> Vec<String> {
+        bound_to(&self.cloud.file(id))
+    }
+
+    /// The status that a volume with this mark must have, by the fake's own books and the kernel: no
+    /// word of volfs's is in it. `gone` where there is no such volume.
+    pub fn truth(&self, id: &str, mark: &str) -> &'static str {
+        let Some(volume) = self.cloud.volume(id).filter(|v| !matches!(v.state.as_str(), "Destroy" | "Expunged")) else {
+            return "gone";
+        };
+        if volume.tags.get(MARK).map(String::as_str) != Some(mark) {
+            return "conflict";
+        }
+        match (volume.vm.as_deref(), self.in_kernel(id).len()) {
+            (Some(vm), 1) if vm == self.cloud.host() => "attached",
+            (Some(vm), 0) if vm == self.cloud.host() => "lost",
+            (Some(_), 0) => "remote",
+            (None, 0) => "detached",
+            _ => "conflict",
+        }
+    }
+
+    /// Volumes that requests have made, that are still there, and that volfs shows nowhere.
+    pub fn orphans(&self) -> Vec<String> {
+        let made = self.cloud.log().into_iter().filter(|d| d.effect == Effect::Created && !d.by_admin);
+        let there = |id: &String| self.cloud.volume(id).is_some_and(|v| v.exists() && v.state != "Destroy");
+        made.map(|d| d.volume).filter(there).filter(|id| !self.volfs.path(format!("volumes/{id}")).exists()).collect()
+    }
+
     /// Waits until the cloud is so.
     #[track_caller]
     pub fn until(&self, what: &str, condition: impl FnMut(&FakeCloud) -> bool) {
@@ -76,11 +109,25 @@ pub fn write_keys(path: &Path, endpoint: &str, key: &str, secret: &str) {
     write!(file, "[cloudstack]\nendpoint = {endpoint}\nkey = {key}\nsecret = {secret}\n").unwrap();
 }
 
+/// Loop devices whose backing file is this one.
+pub fn bound_to(file: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/sys/block").unwrap().flatten() {
+        let backing = fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
+        if Path::new(backing.trim_end()) == file {
+            found.push(entry.file_name().into_string().unwrap());
+        }
+    }
+    found
+}
+
 fn config(cloud: &FakeCloud, keys: &Path, host: &str, more: &str) -> String {
+    // A test's own word counts.
+    let late = if more.contains("late_answers") { "" } else { "late_answers = 2\n" };
     let custom = cloud.offerings().into_iter().find(|o| o.name == "custom").expect("a custom offering");
     format!(
         "provider = \"cloudstack\"\nreconcile_interval = 5\n[cloudstack]\ncredentials = \"{}/keys\"\nhost = \"{host}\"\n\
-         offering = \"{}\"\nsignature = \"sha1\"\nlate_answers = 2\n{more}\n",
+         offering = \"{}\"\nsignature = \"sha1\"\n{late}{more}\n",
         keys.display(),
         custom.id
     )

@@ -15,6 +15,16 @@ fn first_name(fence: Fence) -> String {
     format!("volfs-{fence}")
 }
 
+/// A failure after the volume was made: that nothing was started is not true any more.
+fn unfinished(volume: VolumeId, error: CloudError) -> CloudError {
+    match error {
+        CloudError::Unreachable { words } => {
+            CloudError::Ambiguous { words: format!("volume {volume} was made, and not marked: {words}") }
+        }
+        error => error,
+    }
+}
+
 impl CloudStack {
     /// The volume that a creation with this fence made: by the name it was given first, or by the tag.
     pub(super) async fn made_by(&self, fence: Fence) -> Result<Option<VolumeRow>, CloudError> {
@@ -37,12 +47,14 @@ impl CloudStack {
         };
         let volume = VolumeId(made.id);
         failpoint::reach("cloudstack.allocated").await;
-        self.exchange(call, volume, made.mark(), Some(&new.label)).await?;
+        let marked = self.exchange(call, volume, made.mark(), Some(&new.label)).await;
+        marked.map_err(|error| unfinished(volume, error))?;
         failpoint::reach("cloudstack.marked").await;
         if made.name != new.name {
             self.rename(call, volume, &new.name).await;
         }
-        let row = self.row(volume).await?.ok_or_else(|| no_such(volume))?;
+        let row = self.row_when(volume, |row| row.mark() == Some(new.label.mark)).await;
+        let row = row.map_err(|error| unfinished(volume, error))?.ok_or_else(|| unfinished(volume, no_such(volume)))?;
         Ok(self.shown(&row))
     }
 

@@ -156,13 +156,17 @@ impl Jobs {
                     Err(error) => error,
                 };
                 match error {
-                    ApiError::Api { text, .. } if used_already(&text) && attempt < ATTEMPTS => {
+                    ApiError::Api { code, cs, text } if used_already(&text) && attempt < ATTEMPTS => {
                         // An earlier attempt's, or our own whose answer was lost.
-                        self.own_ids.store(TAKEN, Ordering::Relaxed);
                         match self.ask(&id).await {
                             Some(job) if job.jobstatus == 0 || sent > 1 => return Ok(id),
+                            // These words are said of other failures, too.
+                            None if not_queued(&text) => {
+                                return Err(End::Refused(refusal::refused(code, cs, &text)));
+                            }
                             _ => attempt += 1,
                         }
+                        self.own_ids.store(TAKEN, Ordering::Relaxed);
                         continue 'attempt;
                     }
                     ApiError::Api { code, cs, text } => return Err(End::Refused(refusal::refused(code, cs, &text))),
@@ -314,9 +318,18 @@ fn in_words(job: &str, command: &str) -> String {
     format!("the cloud's job {job} ({command})")
 }
 
-/// "UUID: … already exists so can't create/update with custom id", and the database's own words.
+/// "UUID: … already exists so can't create/update with custom id" of a job that runs. That of one that
+/// has ended is refused by the database, in words that depend on the version.
 fn used_already(text: &str) -> bool {
-    text.contains("already exists so can't create/update with custom id") || text.contains("Duplicate entry")
+    let lower = text.to_ascii_lowercase();
+    text.contains("already exists so can't create/update with custom id")
+        || lower.contains("duplicate entry")
+        || not_queued(text)
+}
+
+/// The job could not be written down, for whatever reason.
+fn not_queued(text: &str) -> bool {
+    text.contains("Unable to schedule async job")
 }
 
 fn failed(command: &str, job: &str, result: Option<Value>) -> End {

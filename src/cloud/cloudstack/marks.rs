@@ -1,8 +1,10 @@
 //! The owner's mark as tags. A key is unique per resource and deleting takes key and value, so the
 //! two calls are a compare-and-set; the mark is read back after each (reference: page 2.17).
 
+use tokio::time::Instant;
+
 use super::super::{Call, CloudError, Label, Refusal};
-use super::provider::{CloudStack, no_such};
+use super::provider::{CloudStack, LOOK_AGAIN, no_such};
 use super::rows::{TAG, TAG_DISK, TAG_JOB, TAG_MADE_BY, TAG_RECORD, TAGS, VolumeRow};
 use crate::failpoint;
 use crate::model::{Mark, VolumeId};
@@ -54,27 +56,57 @@ impl CloudStack {
         let fresh: Vec<(&str, String)> =
             tags.iter().filter(|(key, value)| row.tag(key) != Some(value)).cloned().collect();
         if !old.is_empty() {
-            self.tag(call, volume, "deleteTags", &old).await?;
-            let now = self.row(volume).await?.ok_or_else(|| no_such(volume))?.mark();
+            self.tag(call, volume, "deleteTags", &old, wanted).await?;
+            let off = |row: &VolumeRow| row.mark() == wanted || row.mark() != expect;
+            let now = self.row_when(volume, off).await?.ok_or_else(|| no_such(volume))?.mark();
             if now.is_some() && now != wanted {
                 return Err(another(volume, now));
             }
             failpoint::reach("cloudstack.unmarked").await;
         }
-        if !fresh.is_empty() {
-            self.tag(call, volume, "createTags", &fresh).await?;
+        if !fresh.is_empty()
+            && let Err(error) = self.tag(call, volume, "createTags", &fresh, wanted).await
+        {
+            return Err(match error {
+                // Somebody else's is there now.
+                CloudError::Refused { why: Refusal::Mark(_), .. } => error,
+                _ if old.iter().any(|(key, _)| *key == TAG) => self.put_back(call, volume, &old, error).await,
+                _ => error,
+            });
         }
-        let now = self.row(volume).await?.ok_or_else(|| no_such(volume))?.mark();
+        // None at all, or still the one before: a copy that lags may say so for a while.
+        let told = |row: &VolumeRow| row.mark() == wanted || (row.mark().is_some() && row.mark() != expect);
+        let now = self.row_when(volume, told).await?.ok_or_else(|| no_such(volume))?.mark();
         if now == wanted { Ok(()) } else { Err(another(volume, now)) }
     }
 
-    /// Sets or deletes tags. That a key exists already is said by the mark that is found, not by the error.
+    /// The new mark was refused when the old one was off already: without one the volume would be
+    /// nobody's. Answers the refusal.
+    async fn put_back(&self, call: &Call, volume: VolumeId, old: &[(&str, String)], refused: CloudError) -> CloudError {
+        let began = Instant::now();
+        loop {
+            match self.tag(call, volume, "createTags", old, None).await {
+                Ok(()) => return refused,
+                Err(CloudError::Refused { why: Refusal::Passing, .. }) if began.elapsed() < self.options.late => {
+                    tokio::time::sleep(LOOK_AGAIN.min(self.options.late)).await;
+                }
+                Err(error) => {
+                    tracing::error!(%volume, "its old mark is off, and cannot be put back: {error}");
+                    return refused;
+                }
+            }
+        }
+    }
+
+    /// Sets or deletes tags of a volume that is to carry `mark` then. That somebody else's is there
+    /// already is said by the mark that is found, not by the error.
     async fn tag(
         &self,
         call: &Call,
         volume: VolumeId,
         command: &'static str,
         tags: &[(&str, String)],
+        mark: Option<Mark>,
     ) -> Result<(), CloudError> {
         let id = volume.to_string();
         let names: Vec<(String, String)> =
@@ -91,10 +123,8 @@ impl CloudStack {
         match before {
             Err(CloudError::Refused { why: Refusal::Other, words }) => {
                 let found = self.row(volume).await?.ok_or_else(|| no_such(volume))?.mark();
-                let ours =
-                    tags.iter().any(|(key, value)| *key == TAG && found.map(|m| m.to_string()).as_ref() == Some(value));
                 match found {
-                    Some(_) if wanted && !ours => Err(another(volume, found)),
+                    Some(_) if wanted && found != mark => Err(another(volume, found)),
                     _ => Err(CloudError::Refused { why: Refusal::Other, words }),
                 }
             }

@@ -31,6 +31,8 @@ const AT_ONCE: usize = 4;
 const IDS: usize = 100;
 /// Between looks at a volume whose job says nothing.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(2);
+/// The first pause before a look at what a lagging copy may not show yet.
+const LAG: Duration = Duration::from_millis(100);
 /// Every command whose job may be left behind by a crash.
 const COMMANDS: &[&str] = &[
     "createVolume",
@@ -128,6 +130,25 @@ impl CloudStack {
             Ok(rows) => Ok(rows.into_iter().find(|row| row.id == volume.0).filter(|row| !row.gone())),
             Err(ApiError::Api { code, text, .. }) if refusal::unknown_entity(code, &text) => Ok(None),
             Err(error) => Err(said(error)),
+        }
+    }
+
+    /// The volume's row as soon as it is `so`; where it never is, what it was in the end. A server
+    /// may answer lists from a copy that lags behind what a job has done.
+    pub(super) async fn row_when(
+        &self,
+        volume: VolumeId,
+        so: impl Fn(&VolumeRow) -> bool,
+    ) -> Result<Option<VolumeRow>, CloudError> {
+        let began = Instant::now();
+        let mut pause = LAG;
+        loop {
+            let row = self.row(volume).await?;
+            if row.as_ref().is_some_and(&so) || began.elapsed() >= self.options.late {
+                return Ok(row);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LOOK_AGAIN);
         }
     }
 
@@ -313,7 +334,8 @@ impl Cloud for CloudStack {
         let grown = |row: Option<&VolumeRow>| row.is_some_and(|row| row.size.is_some_and(|have| have >= size));
         let gib = gib.to_string();
         self.carry_out(call, volume, "resizeVolume", &[("id", &id), ("size", &gib)], grown).await?;
-        let row = self.row(volume).await?.ok_or_else(|| no_such(volume))?;
+        let has = |row: &VolumeRow| row.size.is_some_and(|have| have >= size);
+        let row = self.row_when(volume, has).await?.ok_or_else(|| no_such(volume))?;
         match row.size {
             Some(have) if have >= size => Ok(have),
             have => Err(CloudError::Ambiguous {
