@@ -73,6 +73,11 @@ impl Agent {
         self.heard.wait(within, |h| h.ready.then_some(())).is_some()
     }
 
+    /// The guest is about to boot (again): what it has said so far does not count.
+    pub fn forget(&self) {
+        self.heard.hear(|h| *h = Port::default());
+    }
+
     /// Starts a script; others may run beside it.
     pub fn start(&self, script: &str) -> Running<'_> {
         let mut port = self.port.lock();

@@ -1,5 +1,6 @@
 //! One emulated virtual machine, from its process to its hot-plugged disks.
 
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -7,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -21,6 +23,12 @@ use crate::qmp::Qmp;
 pub const PATIENCE: Duration = Duration::from_secs(60);
 /// As CloudStack's `wait.detach.device`, which is 10 s, for an emulated processor.
 const UNPLUG_WITHIN: Duration = Duration::from_secs(30);
+/// Slots of the PCI bus, or targets of the SCSI controller, for disks that are there from the start:
+/// below are the machine's own devices.
+const COLD: u32 = 8;
+/// The last slot of the PCI bus. Hot-plugged disks are placed from here downwards, so that the kernel
+/// finds them in the opposite order when it boots: names that are kept over a boot are seen to be wrong.
+const HOT: u32 = 31;
 /// Machines at once: each keeps a core busy while it boots.
 const MOST: usize = 2;
 
@@ -61,6 +69,9 @@ pub struct Machine {
     process: Mutex<Child>,
     qmp: Qmp,
     agent: Agent,
+    /// Which plugged disk has which slot.
+    slots: Mutex<HashMap<String, u32>>,
+    booted: AtomicBool,
     dir: tempfile::TempDir,
     _turn: Turn,
 }
@@ -105,7 +116,9 @@ impl Machine {
         let process = Mutex::new(qemu.spawn().unwrap());
         // From here on an end of QEMU is the end of both connections.
         drop((agent_end, control_end));
-        let machine = Machine { bus, process, qmp: Qmp::new(control), agent: Agent::new(agent), dir, _turn: turn };
+        let (qmp, agent, slots) = (Qmp::new(control), Agent::new(agent), Mutex::default());
+        let booted = AtomicBool::new(false);
+        let machine = Machine { bus, process, qmp, agent, slots, booted, dir, _turn: turn };
         machine.must("qmp_capabilities", json!({}));
         machine
     }
@@ -113,7 +126,41 @@ impl Machine {
     /// Lets the guest boot, and waits for its agent.
     pub fn boot(&self) {
         self.must("cont", json!({}));
+        self.booted.store(true, Ordering::SeqCst);
         assert!(self.agent.ready(PATIENCE), "the guest did not boot in {PATIENCE:?}\n{}", self.words());
+    }
+
+    /// Pulls the reset line: what the guest had in memory is gone, the disks stay. Scripts that ran are
+    /// not answered.
+    pub fn reset(&self) {
+        self.agent.forget();
+        // A kernel that panics reboots, which ends the machine but for this moment.
+        self.must("set-action", json!({"reboot": "reset"}));
+        self.must("system_reset", json!({}));
+        assert!(self.agent.ready(PATIENCE), "the guest did not boot again in {PATIENCE:?}\n{}", self.words());
+        self.must("set-action", json!({"reboot": "shutdown"}));
+    }
+
+    /// Ends the machine at once.
+    pub fn off(&self) {
+        let mut process = self.process.lock();
+        let _ = process.kill();
+        let _ = process.wait();
+    }
+
+    /// A free slot for a disk.
+    fn place(&self, id: &str) -> Result<u32, String> {
+        let mut slots = self.slots.lock();
+        let taken: HashSet<u32> = slots.values().copied().collect();
+        let free = |slot: &u32| !taken.contains(slot);
+        let slot = match self.booted.load(Ordering::SeqCst) {
+            false => (COLD..=HOT).find(free),
+            true => (COLD..=HOT).rev().find(free),
+        };
+        // libvirt's words.
+        let slot = slot.ok_or("internal error: No more available PCI slots")?;
+        slots.insert(id.to_owned(), slot);
+        Ok(slot)
     }
 
     /// What QEMU and the guest's kernel printed: for the words of a failure.
@@ -161,15 +208,23 @@ impl Machine {
             node["size"] = size.into();
         }
         self.qmp.execute("blockdev-add", node)?;
-        let device = match self.bus {
-            Bus::VirtioBlk => json!({"driver": "virtio-blk-pci", "id": id, "drive": id, "serial": serial}),
-            Bus::VirtioScsi => {
-                json!({"driver": "scsi-hd", "bus": "scsi.0", "id": id, "drive": id, "serial": serial})
-            }
-        };
-        self.qmp.execute("device_add", device).map(drop).inspect_err(|_| {
-            let _ = self.qmp.execute("blockdev-del", json!({"node-name": id}));
-        })
+        let slot = self.place(id);
+        let added = slot.and_then(|slot| {
+            let mut device = json!({"id": id, "drive": id, "serial": serial});
+            let place = match self.bus {
+                Bus::VirtioBlk => json!({"driver": "virtio-blk-pci", "addr": format!("{slot:x}")}),
+                Bus::VirtioScsi => json!({"driver": "scsi-hd", "bus": "scsi.0", "scsi-id": slot}),
+            };
+            device.as_object_mut().zip(place.as_object().cloned()).map(|(device, place)| device.extend(place));
+            self.qmp.execute("device_add", device)
+        });
+        added.map(drop).inspect_err(|_| self.forget(id))
+    }
+
+    /// What is left of a disk whose device is not there.
+    fn forget(&self, id: &str) {
+        self.slots.lock().remove(id);
+        let _ = self.qmp.execute("blockdev-del", json!({"node-name": id}));
     }
 
     /// Asks the guest to give a disk back and waits until it has. A disk that is not there is success.
@@ -190,7 +245,8 @@ impl Machine {
                 UNPLUG_WITHIN.as_millis()
             ));
         }
-        self.qmp.execute("blockdev-del", json!({"node-name": id})).map(drop)
+        self.forget(id);
+        Ok(())
     }
 
     /// Shows the guest another size of a plugged disk.
@@ -202,8 +258,6 @@ impl Machine {
 impl Drop for Machine {
     /// The process first: its end is what the readers of both connections wait for.
     fn drop(&mut self) {
-        let mut process = self.process.lock();
-        let _ = process.kill();
-        let _ = process.wait();
+        self.off();
     }
 }

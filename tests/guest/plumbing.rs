@@ -26,13 +26,12 @@ fn disks_come_and_go(bus: Bus, name: &str, serial_of: &str) {
     machine.boot();
     assert_eq!(machine.ok("cat /sys/class/dmi/id/product_uuid"), VM);
     let (first, second) = (format!("{name}b"), format!("{name}c"));
-    for (n, serial) in [(1, "3c9a6f0e5b7d4e1a8f22"), (2, "4d9a6f0e5b7d4e1a8f22")] {
+    for (n, device, serial) in [(1, &first, "3c9a6f0e5b7d4e1a8f22"), (2, &second, "4d9a6f0e5b7d4e1a8f22")] {
         machine.plug(&format!("disk{n}"), &file(n), (n + 1) * MIB, serial).unwrap();
-    }
-    for (device, serial, sectors) in [(&first, "3c9a6f0e5b7d4e1a8f22", 4096), (&second, "4d9a6f0e5b7d4e1a8f22", 6144)] {
+        // One after the other: two at once get their names in any order.
         until(&machine, &format!("[ -b /dev/{device} ]"));
         assert!(machine.ok(&format!("cat /sys/block/{device}/{serial_of}")).ends_with(serial));
-        assert_eq!(machine.ok(&format!("cat /sys/block/{device}/size")), sectors.to_string());
+        assert_eq!(machine.ok(&format!("cat /sys/block/{device}/size")), ((n + 1) * 2048).to_string());
     }
     machine.ok(&format!("echo 'from the guest' | dd of=/dev/{second} conv=fsync"));
     assert!(fs::read(dir.path().join("disk2")).unwrap().starts_with(b"from the guest\n"));
@@ -43,6 +42,26 @@ fn disks_come_and_go(bus: Bus, name: &str, serial_of: &str) {
     until(&machine, &format!("[ -b /dev/{first} ]"));
     machine.resize("disk1-again", 8 * MIB).unwrap();
     until(&machine, &format!("[ $(cat /sys/block/{first}/size) = 16384 ]"));
+}
+
+#[test]
+fn hot_plugged_disks_change_their_names_at_a_boot() {
+    if !have() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let machine = Machine::new(VM, Bus::VirtioBlk);
+    machine.boot();
+    for (n, name) in ["vda", "vdb", "vdc"].into_iter().enumerate() {
+        let file = dir.path().join(name);
+        fs::File::create(&file).unwrap().set_len(MIB).unwrap();
+        machine.plug(name, &file, MIB, &format!("serial{n}")).unwrap();
+        until(&machine, &format!("[ -b /dev/{name} ]"));
+    }
+    let order = "cd /sys/block; cat vda/serial; echo; cat vdb/serial; echo; cat vdc/serial; echo";
+    assert_eq!(machine.ok(order), "serial0\nserial1\nserial2");
+    machine.reset();
+    assert_eq!(machine.ok(order), "serial2\nserial1\nserial0");
 }
 
 #[test]
