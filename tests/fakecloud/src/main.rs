@@ -1,0 +1,3 @@
+//! The fake cloud as a program.
+
+fn main() {}

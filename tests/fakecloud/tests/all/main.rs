@@ -1,0 +1,8 @@
+//! What the fake cloud promises to the tests that are built on it.
+
+// A helper of tests that cannot go on is a failed test.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
+mod client;
+mod loops;
+mod volumes;
