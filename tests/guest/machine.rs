@@ -211,11 +211,17 @@ impl Machine {
         let slot = self.place(id);
         let added = slot.and_then(|slot| {
             let mut device = json!({"id": id, "drive": id, "serial": serial});
-            let place = match self.bus {
-                Bus::VirtioBlk => json!({"driver": "virtio-blk-pci", "addr": format!("{slot:x}")}),
-                Bus::VirtioScsi => json!({"driver": "scsi-hd", "bus": "scsi.0", "scsi-id": slot}),
-            };
-            device.as_object_mut().zip(place.as_object().cloned()).map(|(device, place)| device.extend(place));
+            match self.bus {
+                Bus::VirtioBlk => {
+                    device["driver"] = "virtio-blk-pci".into();
+                    device["addr"] = format!("{slot:x}").into();
+                }
+                Bus::VirtioScsi => {
+                    device["driver"] = "scsi-hd".into();
+                    device["bus"] = "scsi.0".into();
+                    device["scsi-id"] = slot.into();
+                }
+            }
             self.qmp.execute("device_add", device)
         });
         added.map(drop).inspect_err(|_| self.forget(id))

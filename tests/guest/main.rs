@@ -6,10 +6,13 @@
 
 mod agent;
 mod heard;
+mod hypervisor;
 mod initramfs;
 mod machine;
 mod plumbing;
 mod qmp;
+mod scenarios;
+mod site;
 
 use std::io::Write;
 use std::path::Path;

@@ -1,0 +1,273 @@
+//! The main job in a real guest: provision, write, detach, and never another volume's bytes.
+
+use std::collections::HashSet;
+
+use crate::have;
+use crate::machine::{Bus, PATIENCE};
+use crate::site::{FILL, Site};
+
+/// Bytes that each volume is filled with.
+const LENGTH: usize = 256 << 10;
+
+/// Two volumes swap their names; each has its own bytes under either, also as the cloud's storage has it.
+fn a_name_is_not_an_identity(bus: Bus) {
+    let site = Site::start(bus);
+    let volumes = site.job(&["one", "two"]);
+    site.ok("echo attach > disks/one/control && echo attach > disks/two/control");
+    assert_eq!(site.ok("cat disks/one/device disks/two/device"), format!("{}\n{}", site.node(1), site.node(2)));
+    for (disk, volume) in ["one", "two"].iter().zip(&volumes) {
+        site.ok(&format!("{FILL}; fill {volume} {LENGTH} disks/{disk}/block"));
+        site.holds(volume, LENGTH).unwrap();
+    }
+    site.ok("echo detach > control");
+    assert_eq!(site.ok(&format!("ls -d {} {} 2> /dev/null || true", site.node(1), site.node(2))), "");
+    site.refused("cat disks/one/device", "No such device");
+    assert!(site.cloud.data_volumes().iter().all(|v| v.vm.is_none()));
+
+    site.ok("echo attach > disks/two/control && echo attach > disks/one/control");
+    assert_eq!(site.ok("cat disks/two/device disks/one/device"), format!("{}\n{}", site.node(1), site.node(2)));
+    for (disk, volume) in ["one", "two"].iter().zip(&volumes) {
+        assert_eq!(site.ok(&format!("head -n 1 disks/{disk}/block")), *volume);
+        assert_eq!(site.ok(&format!("head -n 1 $(cat disks/{disk}/device)")), *volume);
+    }
+    site.ok("echo 'resize 2G' > disks/one/control");
+    assert_eq!(site.ok("blockdev --getsize64 disks/one/block"), (2u64 << 30).to_string());
+    site.ok("echo detach > control");
+    for volume in &volumes {
+        site.holds(volume, LENGTH).unwrap();
+    }
+}
+
+#[test]
+fn d1_c3_c4_a_name_is_not_an_identity_by_virtio_blk() {
+    if have() {
+        a_name_is_not_an_identity(Bus::VirtioBlk);
+    }
+}
+
+#[test]
+fn d1_c3_c4_a_name_is_not_an_identity_by_virtio_scsi() {
+    if have() {
+        a_name_is_not_an_identity(Bus::VirtioScsi);
+    }
+}
+
+/// Predecessor failures 1 and 4: eight at once, and each finds its own device.
+fn eight_in_parallel(bus: Bus) {
+    let site = Site::start(bus);
+    let volumes = site.job(&["d1", "d2", "d3", "d4", "d5", "d6", "d7", "d8"]);
+    let each = |script: &str| {
+        let said = site.ok(&format!("{FILL}; for v in volumes/*; do ({script}) || echo $v failed & done; wait"));
+        assert_eq!(said, "", "{}", site.words());
+    };
+    each(&format!("echo attach > $v/control && fill ${{v##*/}} {LENGTH} $v/block"));
+    let devices: HashSet<String> = site.ok("cat volumes/*/device").lines().map(str::to_owned).collect();
+    assert_eq!(devices, (1..=8).map(|n| site.node(n)).collect());
+    for volume in &volumes {
+        let device = site.ok(&format!("cat volumes/{volume}/device"));
+        assert_eq!(site.ok(&format!("head -n 1 {device}")), *volume);
+        let name = device.rsplit('/').next().unwrap();
+        assert!(site.ok(&format!("readlink $R/devices/{name}")).ends_with(volume));
+        // The kernel's own numbers.
+        let same = format!("[ $(stat -c %t:%T volumes/{volume}/block) = $(stat -c %t:%T {device}) ]");
+        site.ok(&same);
+        site.holds(volume, LENGTH).unwrap();
+    }
+    each("echo detach > $v/control");
+    assert_eq!(site.ok("ls $R/devices $R/exports"), format!("{0}/devices:\n\n{0}/exports:", crate::site::ROOT));
+    for volume in &volumes {
+        site.holds(volume, LENGTH).unwrap();
+    }
+    assert_eq!((site.cloud.calls("attachVolume"), site.cloud.calls("detachVolume")), (8, 8));
+}
+
+#[test]
+fn d1_eight_volumes_in_parallel_and_no_byte_crosses_by_virtio_blk() {
+    if have() {
+        eight_in_parallel(Bus::VirtioBlk);
+    }
+}
+
+#[test]
+fn d1_eight_volumes_in_parallel_and_no_byte_crosses_by_virtio_scsi() {
+    if have() {
+        eight_in_parallel(Bus::VirtioScsi);
+    }
+}
+
+/// The volume is pulled from outside and another one plugged while volfs has had no chance to notice:
+/// its own descriptor alone keeps the number from going to the other disk.
+fn a_pinned_number_is_not_used_again(bus: Bus) {
+    let site = Site::start(bus);
+    let volumes = site.job(&["one", "two"]);
+    let (one, two) = (&volumes[0], &volumes[1]);
+    site.ok("echo attach > disks/one/control");
+    let number = |node: &str| site.ok(&format!("cat /sys/block/{}/dev", node.rsplit('/').next().unwrap()));
+    let (first, second) = (site.node(1), site.node(2));
+    let pinned = number(&first);
+    let before = site.ok("cat disks/one/incarnation");
+
+    site.ok("kill -STOP $(pidof volfs)");
+    site.cloud.admin_detach(one).unwrap();
+    site.machine.ok(&format!("until [ ! -e {first} ]; do usleep 20000; done"));
+    site.cloud.admin_attach(two, &site.cloud.host()).unwrap();
+    site.machine.ok(&format!("until [ -e {second} ]; do usleep 20000; done; [ ! -e {first} ]"));
+    assert_ne!(number(&second), pinned);
+    site.machine.ok("kill -CONT $(pidof volfs)");
+
+    site.until("[ $(cat disks/one/status) != attached ]");
+    site.ok("echo reconcile > $R/control; echo reconcile > disks/one/control; echo reconcile > disks/two/control");
+    assert_eq!(
+        site.ok("cat disks/one/status disks/two/status disks/two/device"),
+        format!("detached\nattached\n{second}")
+    );
+    site.refused("cat disks/one/device", "No such device");
+    site.refused("cat disks/one/block", "No such");
+
+    // Nobody holds it any more: name and number are free again, and are the next disk's.
+    site.ok("echo attach > disks/one/control");
+    assert_eq!((site.ok("cat disks/one/device"), number(&first)), (first, pinned));
+    assert_ne!(site.ok("cat disks/one/incarnation"), before);
+}
+
+#[test]
+fn d4_a_pinned_number_is_not_used_again_by_virtio_blk() {
+    if have() {
+        a_pinned_number_is_not_used_again(Bus::VirtioBlk);
+    }
+}
+
+#[test]
+fn d4_a_pinned_number_is_not_used_again_by_virtio_scsi() {
+    if have() {
+        a_pinned_number_is_not_used_again(Bus::VirtioScsi);
+    }
+}
+
+/// A freed name is the next volume's, and nothing of the one before is left under it.
+fn a_freed_name_is_another_volume(bus: Bus) {
+    let site = Site::start(bus);
+    let volumes = site.job(&["one", "two"]);
+    let first = site.node(1);
+    for (disk, volume) in ["one", "two"].iter().zip(&volumes) {
+        site.ok(&format!("{FILL}; echo attach > disks/{disk}/control && fill {volume} {LENGTH} disks/{disk}/block"));
+        assert_eq!(site.ok(&format!("cat disks/{disk}/device")), first);
+        assert!(site.ok(&format!("readlink $R/devices/{}", first.rsplit('/').next().unwrap())).ends_with(volume));
+        site.ok(&format!("echo detach > disks/{disk}/control"));
+    }
+    let both = "echo attach > disks/one/control && echo detach > disks/one/control && echo attach > disks/two/control";
+    site.ok(both);
+    // The path of the one before says so instead of showing the other's bytes.
+    site.refused("head -c 1 disks/one/block", "No such");
+    assert_eq!(site.ok(&format!("head -n 1 {first}; head -n 1 disks/two/block")), format!("{0}\n{0}", volumes[1]));
+    for volume in &volumes {
+        site.holds(volume, LENGTH).unwrap();
+    }
+}
+
+#[test]
+fn d2_a_freed_name_is_another_volume_by_virtio_blk() {
+    if have() {
+        a_freed_name_is_another_volume(Bus::VirtioBlk);
+    }
+}
+
+#[test]
+fn d2_a_freed_name_is_another_volume_by_virtio_scsi() {
+    if have() {
+        a_freed_name_is_another_volume(Bus::VirtioScsi);
+    }
+}
+
+/// The hypervisor would pull it all the same (kernel fact 19): the cloud must not even be asked.
+fn in_use_is_not_detached(bus: Bus) {
+    let site = Site::start(bus);
+    let volume = site.job(&["one"]).remove(0);
+    site.ok("echo attach > disks/one/control");
+    let holder = site.machine.start(
+        "exec 5<> /run/volfs/jobs/job/disks/one/block; : > /tmp/held; until [ -e /tmp/go ]; do usleep 10000; done; \
+         echo written through >&5; sync",
+    );
+    site.until("[ -e /tmp/held ]");
+    site.refused("echo detach > disks/one/control", "Device or resource busy");
+    let why = site.ok("cat disks/one/error");
+    assert!(why.contains("pid") && why.contains("sh"), "{why}");
+    assert_eq!(site.ok("cat disks/one/status disks/one/device"), format!("attached\n{}", site.node(1)));
+    site.ok(": > /tmp/go");
+    assert_eq!(holder.said(PATIENCE).map(|said| said.status), Some(0));
+    assert_eq!(site.ok("head -n 1 disks/one/block"), "written through");
+
+    site.ok("echo detach > disks/one/control");
+    let file = site.cloud.file(&volume);
+    let made = std::process::Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&file).status().expect("mkfs.ext4");
+    assert!(made.success());
+    let detached = site.cloud.calls("detachVolume");
+    site.ok("echo attach > disks/one/control && mount -t ext4 disks/one/block /mnt && echo kept > /mnt/file");
+    site.refused("echo detach > disks/one/control", "Device or resource busy");
+    let why = site.ok("cat disks/one/error");
+    assert!(why.contains("/mnt"), "{why}");
+    assert_eq!(site.cloud.calls("detachVolume"), detached);
+    site.ok("umount /mnt && echo detach > disks/one/control");
+    assert_eq!(site.cloud.calls("detachVolume"), detached + 1);
+    site.ok("echo attach > disks/one/control && mount -t ext4 disks/one/block /mnt && cat /mnt/file && umount /mnt");
+}
+
+#[test]
+fn c4_a_volume_in_use_is_not_detached_by_virtio_blk() {
+    if have() {
+        in_use_is_not_detached(Bus::VirtioBlk);
+    }
+}
+
+#[test]
+fn c4_a_volume_in_use_is_not_detached_by_virtio_scsi() {
+    if have() {
+        in_use_is_not_detached(Bus::VirtioScsi);
+    }
+}
+
+/// Predecessor failure 8. The reset is a power cut: what volfs had not made durable is gone.
+#[test]
+fn d2_every_device_is_right_after_a_boot_that_changed_the_names() {
+    if !have() {
+        return;
+    }
+    let site = Site::start(Bus::VirtioBlk);
+    let volumes = site.job(&["one", "two", "three"]);
+    for (disk, volume) in ["one", "two", "three"].iter().zip(&volumes) {
+        site.ok(&format!("{FILL}; echo attach > disks/{disk}/control && fill {volume} {LENGTH} disks/{disk}/block"));
+    }
+    let devices = "cat disks/one/device disks/two/device disks/three/device";
+    assert_eq!(site.ok(devices), "/dev/vdb\n/dev/vdc\n/dev/vdd");
+    site.machine.reset();
+    site.serve();
+    // Right from the first read, or none.
+    for (disk, volume) in ["one", "two", "three"].iter().zip(&volumes) {
+        let said = site.run(&format!("device=$(cat disks/{disk}/device) && head -n 1 $device"));
+        assert!(said.status != 0 || said.out == format!("{volume}\n"), "{said:?}\n{}", site.words());
+    }
+    site.ok("echo reconcile > $R/control");
+    assert_eq!(site.ok("cat volumes/*/status"), "attached\nattached\nattached");
+    assert_eq!(site.ok(devices), "/dev/vdd\n/dev/vdc\n/dev/vdb");
+    for (disk, volume) in ["one", "two", "three"].iter().zip(&volumes) {
+        assert_eq!(site.ok(&format!("head -n 1 disks/{disk}/block")), *volume);
+    }
+    site.ok("echo detach > control");
+    for volume in &volumes {
+        site.holds(volume, LENGTH).unwrap();
+    }
+}
+
+/// The VM's own root disk, of whose id volfs was told nothing.
+#[test]
+fn c2_the_disk_that_carries_the_guest_cannot_be_claimed() {
+    if !have() {
+        return;
+    }
+    let site = Site::start(Bus::VirtioBlk);
+    site.ok("mkdir $R/jobs/job");
+    let root = site.cloud.on_vm(&site.cloud.host())[0].id.clone();
+    site.refused(&format!("echo 'claim {root}' > control"), "Operation not permitted");
+    assert!(site.cloud.volume(&root).unwrap().tags.is_empty());
+    assert_eq!(site.cloud.calls("createTags"), 0);
+}
