@@ -59,6 +59,7 @@ fn parts(config: &Config) -> Vec<(&'static str, Part)> {
         Provider::Loop => {
             parts.push(("loop devices", opens("/dev/loop-control", "the kernel's loop driver: modprobe loop")));
         }
+        Provider::Cloudstack => {}
     }
     parts
 }

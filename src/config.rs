@@ -11,8 +11,10 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser};
 
 use crate::model::VolumeId;
 
+mod cloudstack;
 mod file;
 
+pub use cloudstack::{CloudStackConfig, SignatureHash};
 pub use file::{Provider, SizeCheck};
 
 /// Where the tree is mounted when nothing says otherwise.
@@ -244,6 +246,8 @@ pub struct Config {
     pub history: usize,
     /// The loop provider's options.
     pub loop_provider: LoopConfig,
+    /// The CloudStack provider's options.
+    pub cloudstack: CloudStackConfig,
     /// The configuration file that was read, if one was.
     pub file: Option<PathBuf>,
     /// All of the above with who said it.
@@ -379,7 +383,12 @@ impl Config {
             n.map_or_else(|| "what the filesystem has".into(), |n| format!("{n} bytes"))
         });
         let most_disks = p.pick("loop.most_disks", None, own.most_disks.map(|n| n.0), 256, u64::to_string);
-        let settings = p.settings.into_values().collect();
+        let cloudstack = CloudStackConfig::build(&mut p, from.cloudstack)?;
+        let mut settings: Vec<Setting> = p.settings.into_values().collect();
+        // Of a provider that is not used only what somebody said is of interest.
+        if provider != Provider::Cloudstack {
+            settings.retain(|s| !s.name.starts_with("cloudstack.") || s.source != Source::Default);
+        }
         let config = Config {
             mountpoint,
             state_dir,
@@ -399,6 +408,7 @@ impl Config {
                 capacity,
                 most_disks: u32::try_from(most_disks).unwrap_or(u32::MAX),
             },
+            cloudstack,
             file: read,
             settings,
         };
@@ -406,12 +416,14 @@ impl Config {
         Ok(config)
     }
 
-    /// A directory of ours below the mount point would be asked of ourselves, and hang.
+    /// A directory or file of ours below the mount point would be asked of ourselves, and hang.
     fn places(&self) -> Result<(), Problem> {
         let dirs = [
             ("state_dir", Some(&self.state_dir)),
             ("loop.dir", Some(&self.loop_provider.dir)),
             ("log_file", self.log_file.as_ref()),
+            ("cloudstack.credentials", self.cloudstack.credentials.as_ref()),
+            ("cloudstack.ca", self.cloudstack.ca.as_ref()),
         ];
         for (name, dir) in dirs {
             if let Some(dir) = dir.filter(|d| d.starts_with(&self.mountpoint)) {

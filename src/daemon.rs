@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cloud::loopdev::{LoopCloud, LoopOptions};
-use crate::config::{Config, Problem, SizeCheck};
+use crate::config::{Config, Problem, Provider, SizeCheck};
 use crate::devices::{self, Devices, KernelDevices};
 use crate::engine::{self, Engine};
 use crate::fs::{self, Serving};
@@ -36,6 +36,9 @@ pub struct Daemon {
 impl Daemon {
     /// Starts everything; when this returns, the tree answers.
     pub fn start(config: &Config) -> Result<Self, Problem> {
+        if config.provider == Provider::Cloudstack {
+            return Err(Problem("provider cloudstack is configured, but this build only has its client".into()));
+        }
         one_heap();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)

@@ -146,6 +146,8 @@ pub enum Error {
     // E7
     #[error("volfs runs read-only ({why}): no command changes anything")]
     ReadOnly { why: String },
+    #[error("this host is not proved to be the VM it is said to be ({why}): no command changes anything")]
+    HostUnproved { why: String },
     // E8
     #[error("no end within {seconds} s; operation {id} goes on: `status` tells, and the same command joins it")]
     TimedOut { seconds: u64, id: OpId },
@@ -232,7 +234,7 @@ impl Error {
             | Protected { .. }
             | RootOnly { .. }
             | NotPermitted { .. } => Errno::EPERM,
-            ReadOnly { .. } => Errno::EROFS,
+            ReadOnly { .. } | HostUnproved { .. } => Errno::EROFS,
             TimedOut { .. } => Errno::ETIMEDOUT,
             Interrupted => Errno::EINTR,
             Cancelled | LeftBehind { .. } => Errno::ECANCELED,

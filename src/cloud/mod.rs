@@ -10,6 +10,7 @@ use crate::model::{
 };
 
 mod call;
+pub mod cloudstack;
 pub mod loopdev;
 
 pub use call::Call;
@@ -60,6 +61,8 @@ pub enum Refusal {
     Mark(Option<Mark>),
     /// It passes by itself: try again.
     Passing,
+    /// It carries this host, or is protected by configuration; the words say which.
+    Protected,
     /// Anything else.
     Other,
 }

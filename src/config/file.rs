@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde::de::Visitor;
 
 use super::ExportName;
+use super::cloudstack::FileCloudStack;
 use crate::model::VolumeId;
 
 /// Where volumes come from.
@@ -15,12 +16,15 @@ use crate::model::VolumeId;
 pub enum Provider {
     /// Sparse files of this host, attached as loop devices.
     Loop,
+    /// Volumes of an Apache CloudStack, attached to the VM that this host is.
+    Cloudstack,
 }
 
 impl fmt::Display for Provider {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Provider::Loop => "loop",
+            Provider::Cloudstack => "cloudstack",
         })
     }
 }
@@ -64,6 +68,8 @@ pub(super) struct FileConfig {
     pub history: Option<Within<0, 1_000_000>>,
     #[serde(default, rename = "loop")]
     pub loop_provider: FileLoop,
+    #[serde(default)]
+    pub cloudstack: FileCloudStack,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -184,6 +190,20 @@ mod tests {
             ("[loop]\ncapacity = \"10g\"", 2, "K, M, G or T"),
             ("[loop]\ncapacity = -1", 2, "above 0"),
             ("[loop]\nmost_disks = 0", 2, "1 to"),
+            ("[cloudstack]\nregion = \"x\"", 2, "region"),
+            ("[cloudstack]\nendpoint = \"cloud.example\"", 2, "https://cloud.example/client/api"),
+            ("[cloudstack]\n\nendpoint = \"https://me:word@cloud/client/api\"", 3, "without user"),
+            ("[cloudstack]\nendpoint = \"https://cloud/client/api?x\"", 2, "plain address"),
+            ("[cloudstack]\nendpoint = \"https:///client/api\"", 2, "plain address"),
+            ("[cloudstack]\nsignature = \"md5\"", 2, "sha512"),
+            ("[cloudstack]\nzone = \" \"", 2, "empty"),
+            ("[cloudstack]\noffering = \"Custom\"", 2, "lower-case UUID"),
+            ("[cloudstack]\nproject = \"2AFF4799-1111-4222-8333-444455556666\"", 2, "lower-case UUID"),
+            ("[cloudstack]\nhost = \"i-2-3-VM\"", 2, "lower-case UUID"),
+            ("[cloudstack]\nmost_disks = 0", 2, "1 to 256"),
+            ("[cloudstack]\ntimeout = 2", 2, "3 to 600"),
+            ("[cloudstack]\nrecoverable_for = -1", 2, "0 to"),
+            ("[cloudstack]\ncredentials = 7", 2, "path"),
             ("history = -1", 1, "0 to 1000000"),
             ("log = \"a\"\nlog = \"b\"", 2, "duplicate"),
             ("a b", 1, "/x.toml"),

@@ -79,6 +79,75 @@ fn a_directory_of_ours_below_the_mount_point_is_refused() {
 }
 
 #[test]
+fn the_cloud_is_described_by_its_own_table() {
+    let text = r#"
+        provider = "cloudstack"
+        [cloudstack]
+        endpoint = "https://cloud.example:8443/client/api"
+        credentials = "/etc/volfs/keys"
+        ca = "/etc/volfs/ca.pem"
+        signature = "sha512"
+        zone = "Zone 1"
+        offering = "2aff4799-1111-4222-8333-444455556666"
+        project = "3aff4799-1111-4222-8333-444455556666"
+        host = "4aff4799-1111-4222-8333-444455556666"
+        most_disks = 13
+        recoverable_for = 3600
+        timeout = 60
+    "#;
+    let c = with_file(text, &["mount"]).unwrap();
+    assert_eq!(c.provider, Provider::Cloudstack);
+    let wanted = CloudStackConfig {
+        endpoint: Some("https://cloud.example:8443/client/api".into()),
+        credentials: Some("/etc/volfs/keys".into()),
+        ca: Some("/etc/volfs/ca.pem".into()),
+        signature: SignatureHash::Sha512,
+        zone: Some("Zone 1".into()),
+        offering: Some("2aff4799-1111-4222-8333-444455556666".into()),
+        project: Some("3aff4799-1111-4222-8333-444455556666".into()),
+        host: Some(crate::model::VmId::parse("4aff4799-1111-4222-8333-444455556666").unwrap()),
+        most_disks: 13,
+        recoverable_for: Duration::from_secs(3600),
+        timeout: Duration::from_secs(60),
+    };
+    assert_eq!(c.cloudstack, wanted);
+    let file = Source::File(c.file.clone().unwrap());
+    let of_table: Vec<&Setting> = c.settings.iter().filter(|s| s.name.starts_with("cloudstack.")).collect();
+    assert_eq!(of_table.len(), 11, "each key has its line in check: {of_table:?}");
+    assert!(of_table.iter().all(|s| s.source == file), "{of_table:?}");
+}
+
+#[test]
+fn the_cloud_needs_no_key_of_its_table() {
+    let c = config(&["mount", "--provider", "cloudstack"]).unwrap().1;
+    assert_eq!((c.provider, c.cloudstack.signature), (Provider::Cloudstack, SignatureHash::Auto));
+    assert_eq!((c.cloudstack.endpoint, c.cloudstack.credentials, c.cloudstack.host), (None, None, None));
+    assert_eq!(c.cloudstack.most_disks, 32);
+    assert_eq!(c.cloudstack.recoverable_for, Duration::from_secs(86_400));
+    assert_eq!(c.cloudstack.timeout, Duration::from_secs(30));
+    let of_table: Vec<&Setting> = c.settings.iter().filter(|s| s.name.starts_with("cloudstack.")).collect();
+    assert_eq!(of_table.len(), 11);
+    assert!(of_table.iter().all(|s| s.source == Source::Default && !s.value.is_empty()), "{of_table:?}");
+}
+
+#[test]
+fn the_table_of_a_provider_that_is_not_used_is_checked_and_let_be() {
+    let c = with_file("[cloudstack]\nzone = \"z\"\n", &["mount"]).unwrap();
+    assert_eq!(c.provider, Provider::Loop);
+    let names: Vec<&str> = c.settings.iter().map(|s| s.name).filter(|n| n.starts_with("cloudstack.")).collect();
+    assert_eq!(names, ["cloudstack.zone"]);
+    with_file("[cloudstack]\nzon = \"z\"\n", &["mount"]).unwrap_err();
+}
+
+#[test]
+fn keys_below_the_mount_point_are_refused() {
+    for key in ["credentials", "ca"] {
+        let words = with_file(&format!("[cloudstack]\n{key} = \"/x/y/z\""), &["mount", "/x/y"]).unwrap_err();
+        assert!(words.to_string().contains(&format!("cloudstack.{key} /x/y/z")), "{words}");
+    }
+}
+
+#[test]
 fn a_mount_point_is_named_as_the_kernel_names_it() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join("real")).unwrap();

@@ -41,6 +41,8 @@ pub(super) struct Core {
     pub making: HashSet<JobId>,
     /// When the cloud first did not show a volume.
     pub absent: HashMap<VolumeId, tokio::time::Instant>,
+    /// Creates that ended without an answer and without a volume, and when: one may still come to light.
+    pub twins: Vec<(Fence, Timestamp)>,
     /// Devices that made a volume `conflict`: it is looked at again when one of them changes.
     pub contenders: HashMap<Arc<str>, DiskRow>,
     /// Volumes that are being looked at because of an event, and whether another one came meanwhile.
@@ -120,6 +122,7 @@ impl Core {
             claiming: HashSet::new(),
             making: HashSet::new(),
             absent: HashMap::new(),
+            twins: Vec::new(),
             contenders: HashMap::new(),
             looking: HashMap::new(),
             accepting: true,

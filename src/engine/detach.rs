@@ -23,7 +23,7 @@ impl Engine {
             self.publish(|core, _| core.world.counters.forced += 1);
         }
         self.step(live, "look at the volume in the cloud")?;
-        let seen = self.look_ours(&volume, &what).await?;
+        let seen = self.look_before(live, &volume, &what).await?;
         if vm == self.host {
             self.detach_here(live, &volume, &seen, force, &what).await?;
         } else {
@@ -124,6 +124,10 @@ impl Engine {
             let called = self.call_detach(live, volume, self.host, force, what).await;
             drop(hold);
             called?;
+            // The cloud has it no more: a descriptor of ours could only keep the kernel from letting go.
+            if let Some(mapping) = &volume.mapping {
+                mapping.pin.release();
+            }
             return self.wait_gone(live, volume, &disk).await;
         }
         self.step(live, "let go of the device")?;
@@ -175,10 +179,21 @@ impl Engine {
         if live.recovering {
             return Err(Fail::clean(Error::LeftBehind { what: what.into() }));
         }
+        let call = self.call(live);
         self.step(live, "the cloud detaches it")?;
         failpoint::reach("detach.before-call").await;
-        let call = self.call(live);
-        let answer = self.patiently(what, Some(volume.uuid), || self.cloud.detach(&call, volume.uuid, vm, force)).await;
+        // The flush may have taken its time, and a detach takes the volume off whatever VM it is on.
+        let detach = |seen: CloudVolume| {
+            let call = &call;
+            async move {
+                match seen.attached {
+                    Some(at) if at.vm == vm => self.cloud.detach(call, volume.uuid, vm, force).await,
+                    _ => Ok(()),
+                }
+            }
+        };
+        let calling = self.guarded(live, volume, what, None, detach);
+        let answer = self.watched(&call, volume.uuid, false, calling).await;
         failpoint::reach("detach.after-call").await;
         match answer {
             Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {
@@ -221,8 +236,10 @@ impl Engine {
             return Ok(());
         }
         if !force {
-            let facts = self.patiently(what, None, || self.cloud.vm(vm)).await.map_err(|f| Fail::clean(f.error))?;
-            if facts.is_some_and(|f| f.running) {
+            let facts =
+                self.patiently(live, what, None, || self.cloud.vm(vm)).await.map_err(|f| Fail::clean(f.error))?;
+            // One that the credentials do not show may be running.
+            if facts.is_none_or(|f| f.running) {
                 return Err(Fail::clean(Error::VmRunning { volume: volume.uuid, vm }));
             }
         }

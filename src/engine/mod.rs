@@ -32,6 +32,7 @@ mod core;
 mod decide;
 mod detach;
 pub mod events;
+mod host;
 mod jobs;
 mod operation;
 mod ownership;
@@ -139,6 +140,8 @@ pub struct Engine {
     interval: Duration,
     absence_gap: Duration,
     read_only: Option<Arc<str>>,
+    proof: Mutex<host::Proof>,
+    cloud_seen: Mutex<tokio::time::Instant>,
     runtime: tokio::runtime::Handle,
     round_wanted: Arc<Notify>,
     closing: Arc<Notify>,

@@ -96,6 +96,7 @@ pub(super) fn cloud_fail(
         CloudError::Ambiguous { words } => Fail::ambiguous(Error::CloudAmbiguous { what, words }),
         CloudError::Refused { why, words } => Fail::clean(match (why, volume) {
             (Refusal::NoVolume, Some(volume)) => Error::NoSuchVolume { volume },
+            (Refusal::Protected, Some(volume)) => Error::Protected { volume, why: words },
             (Refusal::Capacity, _) => Error::NoCapacity { what, words },
             (Refusal::Quota, _) => Error::OverQuota { what, words },
             (Refusal::Unsupported, _) => Error::Unsupported { provider, what },
@@ -107,25 +108,6 @@ pub(super) fn cloud_fail(
             },
             _ => Error::CloudRefused { what, words },
         }),
-    }
-}
-
-/// Calls the cloud, and again while it refuses with what passes by itself.
-pub(super) async fn retrying<T, F>(what: &str, call: impl Fn() -> F) -> Result<T, CloudError>
-where
-    F: Future<Output = Result<T, CloudError>>,
-{
-    let began = tokio::time::Instant::now();
-    let mut pause = PASSING_FIRST;
-    loop {
-        match call().await {
-            Err(CloudError::Refused { why: Refusal::Passing, words }) if began.elapsed() < PASSING_IN_ALL => {
-                tracing::info!(what, "the cloud refuses for now: {words}");
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(PASSING_LONGEST);
-            }
-            answer => return answer,
-        }
     }
 }
 
@@ -333,6 +315,7 @@ impl Engine {
     }
 
     async fn act(self: &Arc<Self>, live: &Live) -> Acted {
+        self.on_proved_host().await?;
         match (live.target, &live.action) {
             (super::Target::Volume(row), Action::Attach { vm, slot }) => self.attach(live, row, *vm, *slot).await,
             (super::Target::Volume(row), Action::Detach { vm, force }) => self.detach(live, row, *vm, *force).await,
@@ -384,10 +367,60 @@ impl Engine {
     /// Looks at the volume in the cloud, and goes on only if it carries our mark: in the same
     /// answer that shows its state, directly before the call (contract, Ownership).
     pub(super) async fn look_ours(&self, volume: &Volume, what: &str) -> Result<CloudVolume, Fail> {
-        let seen = self.patiently(what, Some(volume.uuid), || self.cloud.find(volume.uuid)).await.map_err(|fail| {
-            // Looking changes nothing, however it fails.
-            Fail::clean(fail.error)
-        })?;
+        // Looking changes nothing, however it fails.
+        let looked = self.cloud.find(volume.uuid).await;
+        let looked = looked
+            .map_err(|error| Fail::clean(cloud_fail(what, Some(volume.uuid), None, self.about.name, error).error))?;
+        self.ours(volume, looked)
+    }
+
+    /// The same before a call that changes something: a job of the cloud that is still pending on the
+    /// volume is waited for, so that there is never more than one, and none comes late.
+    pub(super) async fn look_before(&self, live: &Live, volume: &Volume, what: &str) -> Result<CloudVolume, Fail> {
+        self.guarded(live, volume, what, None, |seen| async { Ok(seen) }).await.map_err(|fail| Fail::clean(fail.error))
+    }
+
+    /// A call that changes a volume. Before each try, the tries after a passing refusal among them,
+    /// the volume is looked at, and the call made only if it carries our mark and nothing is pending
+    /// on it; `fresh` is a look from directly before the first one.
+    pub(super) async fn guarded<T, F>(
+        &self,
+        live: &Live,
+        volume: &Volume,
+        what: &str,
+        fresh: Option<CloudVolume>,
+        call: impl Fn(CloudVolume) -> F,
+    ) -> Result<T, Fail>
+    where
+        F: Future<Output = Result<T, CloudError>>,
+    {
+        let fresh = parking_lot::Mutex::new(fresh);
+        let expected = self.mark(volume);
+        let refused = |why, words: String| Err(CloudError::Refused { why, words });
+        let attempt = || async {
+            let looked = fresh.lock().take();
+            let seen = match looked {
+                Some(seen) => Some(seen),
+                None => self.cloud.find(volume.uuid).await?,
+            };
+            let Some(seen) = seen else { return refused(Refusal::NoVolume, "the cloud knows it no more".into()) };
+            if let Some(why) = &seen.carries_host {
+                return refused(Refusal::Protected, why.clone());
+            }
+            if seen.mark != Some(expected) {
+                return refused(Refusal::Mark(seen.mark), "its mark is another".into());
+            }
+            if let Some(job) = &seen.pending {
+                return refused(Refusal::Passing, format!("its job {job} is still pending on volume {}", volume.uuid));
+            }
+            call(seen).await
+        };
+        let answer = self.retrying(live, what, attempt).await;
+        answer.map_err(|error| cloud_fail(what, Some(volume.uuid), Some(expected), self.about.name, error))
+    }
+
+    /// A volume as seen, if it is one that this record may change.
+    fn ours(&self, volume: &Volume, seen: Option<CloudVolume>) -> Result<CloudVolume, Fail> {
         let Some(seen) = seen else {
             return Err(Fail::clean(Error::NoSuchVolume { volume: volume.uuid }));
         };
@@ -402,9 +435,34 @@ impl Engine {
         Ok(seen)
     }
 
-    /// As [`retrying`], with the error in words of the contract.
+    /// Calls the cloud, and again while it refuses with what passes by itself; says so meanwhile.
+    pub(super) async fn retrying<T, F>(&self, live: &Live, what: &str, call: impl Fn() -> F) -> Result<T, CloudError>
+    where
+        F: Future<Output = Result<T, CloudError>>,
+    {
+        let began = tokio::time::Instant::now();
+        let mut pause = PASSING_FIRST;
+        loop {
+            match call().await {
+                Err(CloudError::Refused { why: Refusal::Passing, words })
+                    if began.elapsed() < PASSING_IN_ALL && !live.stopping() =>
+                {
+                    tracing::info!(what, "the cloud refuses for now: {words}");
+                    self.publish(|core, _| {
+                        core.step(live.id, &format!("the cloud refuses for now, tried again: {words}"))
+                    });
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(PASSING_LONGEST);
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    /// As [`Engine::retrying`], with the error in words of the contract.
     pub(super) async fn patiently<T, F>(
         &self,
+        live: &Live,
         what: &str,
         volume: Option<VolumeId>,
         call: impl Fn() -> F,
@@ -412,7 +470,32 @@ impl Engine {
     where
         F: Future<Output = Result<T, CloudError>>,
     {
-        retrying(what, call).await.map_err(|error| cloud_fail(what, volume, None, self.about.name, error))
+        let answer = self.retrying(live, what, call).await;
+        answer.map_err(|error| cloud_fail(what, volume, None, self.about.name, error))
+    }
+
+    /// Runs a call that is to bring a volume's disk here, or to take it away: as soon as the kernel
+    /// shows that, the cloud is asked at once.
+    pub(super) async fn watched<T>(
+        &self,
+        call: &Call,
+        volume: VolumeId,
+        here: bool,
+        run: impl Future<Output = T>,
+    ) -> T {
+        let mut changes = self.devices.changes();
+        let watch = async {
+            loop {
+                changed(&mut changes).await;
+                if self.candidates(volume).await.is_ok_and(|disks| disks.is_empty() != here) {
+                    call.hurry();
+                }
+            }
+        };
+        tokio::select! {
+            answer = run => answer,
+            () = watch => unreachable!("a watch never ends"),
+        }
     }
 
     /// Asks the kernel from a worker thread.

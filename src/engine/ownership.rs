@@ -5,23 +5,19 @@
 //! recovery reads which.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::Engine;
 use super::core::Live;
 use super::jobs::in_flight;
-use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail, retrying};
+use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail};
 use super::volume::{facts, show_facts};
 use super::world::{Times, Volume};
-use crate::cloud::{CloudError, CloudVolume, Label, NewVolume, Refusal};
+use crate::cloud::{Call, CloudError, CloudVolume, Label, NewVolume, Refusal};
 use crate::command::Action;
 use crate::error::Error;
 use crate::failpoint;
 use crate::model::{DiskName, DiskRow, JobId, JobRow, Mark, RecordId, Status, VolumeId};
 use crate::store::Change;
-
-/// How far apart two looks must be before a create that got no answer is believed not to have happened.
-const NOT_MADE: Duration = Duration::from_secs(60);
 
 impl Engine {
     fn job_of(&self, row: JobRow) -> Result<JobId, Fail> {
@@ -30,47 +26,72 @@ impl Engine {
 
     /// C1.
     pub(super) async fn create(self: &Arc<Self>, live: &Live, row: JobRow) -> Acted {
+        let new = self.new_volume(live, row)?;
+        let (disk, size) = (new.label.disk.clone(), new.size);
+        let what = format!("create of disk {disk} in job {}", new.label.job);
+        let call = self.call(live);
+        self.step(live, "the cloud creates it")?;
+        failpoint::reach("create.before-call").await;
+        let made = match self.patiently(live, &what, None, || self.cloud.create(&call, &new)).await {
+            Ok(made) => made,
+            Err(fail) if fail.ambiguous => self.made_after_all(live, &what, &call, &new, fail).await?,
+            Err(fail) => return Err(fail),
+        };
+        failpoint::reach("create.after-call").await;
+        self.created(live, row, &disk, size, made)
+    }
+
+    /// What a create is to make.
+    pub(super) fn new_volume(&self, live: &Live, row: JobRow) -> Result<NewVolume, Fail> {
         let Action::Create { disk, size, offering, zone, name } = &live.action else {
             return Err(Fail::clean(Error::Internal { what: "create without its arguments".into() }));
         };
         let job = self.job_of(row)?;
-        let what = format!("create of disk {disk} in job {job}");
-        let label =
-            Label { mark: Mark { record: self.record, epoch: live.epoch }, job: job.clone(), disk: disk.clone() };
-        let new = NewVolume {
+        Ok(NewVolume {
             size: *size,
             name: name.clone().unwrap_or_else(|| format!("{job}-{disk}")),
             offering: offering.clone(),
             zone: zone.clone(),
-            label,
-        };
-        let call = self.call(live);
-        self.step(live, "the cloud creates it")?;
-        failpoint::reach("create.before-call").await;
-        let made = match self.patiently(&what, None, || self.cloud.create(&call, &new)).await {
-            Ok(made) => made,
-            Err(fail) if fail.ambiguous => self.made_after_all(live, fail).await?,
-            Err(fail) => return Err(fail),
-        };
-        failpoint::reach("create.after-call").await;
-        self.created(live, row, disk, *size, made)
+            label: Label { mark: Mark { record: self.record, epoch: live.epoch }, job, disk: disk.clone() },
+        })
     }
 
     /// After an unclear answer to a create: it ends only when the cloud shows the volume, or two looks
-    /// a minute apart show none. Ended sooner, the same command again would make a second one.
-    async fn made_after_all(self: &Arc<Self>, live: &Live, fail: Fail) -> Result<CloudVolume, Fail> {
+    /// [`About::late`](crate::cloud::About::late) apart show none. Ended sooner, the same command again would make a second one.
+    async fn made_after_all(
+        self: &Arc<Self>,
+        live: &Live,
+        what: &str,
+        call: &Call,
+        new: &NewVolume,
+        fail: Fail,
+    ) -> Result<CloudVolume, Fail> {
         let mut none_since = None;
         loop {
             self.step(live, "no clear answer: look for what it made").map_err(|f| Fail::ambiguous(f.error))?;
-            match self.cloud.find_created(live.fence).await {
-                Ok(Some(made)) => return Ok(made),
-                Ok(None) => {
+            let running = self.cloud.running(live.fence).await;
+            match (running, self.cloud.find_created(live.fence).await) {
+                // Said again: it goes on with what is there.
+                (_, Ok(Some(_))) => match self.cloud.create(call, new).await {
+                    Ok(made) => return Ok(made),
+                    Err(CloudError::Refused { why, words }) => {
+                        let error = CloudError::Refused { why, words };
+                        return Err(Fail::ambiguous(cloud_fail(what, None, None, self.about.name, error).error));
+                    }
+                    Err(error) => tracing::warn!(operation = %live.id, "not finished yet: {error}"),
+                },
+                (Ok(None), Ok(None)) => {
                     let first = *none_since.get_or_insert_with(tokio::time::Instant::now);
-                    if first.elapsed() >= NOT_MADE {
-                        return Err(Fail::clean(fail.error));
+                    if first.elapsed() >= self.about.late {
+                        // It may come to light all the same, and is shown in unclaimed/ then.
+                        self.core.lock().twins.push((live.fence, (self.clock)()));
+                        return Err(fail);
                     }
                 }
-                Err(error) => tracing::warn!(operation = %live.id, "not known yet what it made: {error}"),
+                (Ok(Some(_)), Ok(None)) => none_since = None,
+                (Err(error), _) | (_, Err(error)) => {
+                    tracing::warn!(operation = %live.id, "not known yet what it made: {error}");
+                }
             }
             tokio::time::sleep(LOOK_AGAIN).await;
         }
@@ -135,8 +156,10 @@ impl Engine {
         };
         let what = format!("claim of volume {volume}");
         self.step(live, "look at the volume in the cloud")?;
-        let seen =
-            self.patiently(&what, Some(volume), || self.cloud.find(volume)).await.map_err(|f| Fail::clean(f.error))?;
+        let seen = self
+            .patiently(live, &what, Some(volume), || self.cloud.find(volume))
+            .await
+            .map_err(|f| Fail::clean(f.error))?;
         let Some(seen) = seen else { return Err(Fail::clean(Error::NoSuchVolume { volume })) };
         if let Some(why) = seen.carries_host {
             return Err(Fail::clean(Error::Protected { volume, why }));
@@ -172,7 +195,7 @@ impl Engine {
     }
 
     /// Sets or clears a mark as compare-and-set; an unclear answer is settled by looking.
-    async fn set_mark(
+    pub(super) async fn set_mark(
         &self,
         live: &Live,
         what: &str,
@@ -181,7 +204,7 @@ impl Engine {
         new: Option<&Label>,
     ) -> Result<(), Fail> {
         let call = self.call(live);
-        let answer = retrying(what, || self.cloud.exchange_mark(&call, volume, expect, new)).await;
+        let answer = self.retrying(live, what, || self.cloud.exchange_mark(&call, volume, expect, new)).await;
         match answer {
             Ok(()) => Ok(()),
             Err(CloudError::Refused { why: Refusal::Mark(found), .. }) if found == new.map(|l| l.mark) => Ok(()),
@@ -209,7 +232,7 @@ impl Engine {
             Status::Conflict => "its mark was not touched",
             _ => {
                 self.step(live, "look at the volume in the cloud")?;
-                let seen = self.look_ours(&volume, &what).await?;
+                let seen = self.look_before(live, &volume, &what).await?;
                 if seen.attached.is_some_and(|a| a.vm == self.host) && volume.base != Status::Lost {
                     let way_out = "the cloud says it is attached here: reconcile, then detach it";
                     return Err(Fail::clean(Error::WrongStatus { volume: volume.uuid, status: volume.base, way_out }));
@@ -258,7 +281,7 @@ impl Engine {
         let mark = Mark { record: self.record, epoch: live.epoch };
         if volume.base != Status::Missing {
             self.step(live, "look at the volume in the cloud")?;
-            self.look_ours(&volume, &what).await?;
+            self.look_before(live, &volume, &what).await?;
             let label = Label { mark, job: to.clone(), disk: volume.disk.clone() };
             self.step(live, "put the new mark on it")?;
             failpoint::reach("move.before-mark").await;
@@ -305,7 +328,7 @@ impl Engine {
         if volume.base != Status::Missing {
             // Its mark alone would not tell that it is protected.
             self.step(live, "look at the volume in the cloud")?;
-            self.look_ours(&volume, &what).await?;
+            self.look_before(live, &volume, &what).await?;
             self.step(live, "tell the cloud the disk's name")?;
             let mark = self.mark(&volume);
             let label = Label { mark, job, disk: to.clone() };

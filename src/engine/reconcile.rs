@@ -26,6 +26,8 @@ pub struct Recorded {
 pub enum CloudView<'a> {
     /// It did not answer, or was not asked.
     Unseen,
+    /// It has not answered for so long that what it said last is no truth any more.
+    Stale,
     /// It answered and knows no such volume; confirmed when two looks far enough apart agree.
     Absent {
         /// Whether to believe it.
@@ -63,6 +65,7 @@ pub struct Finding {
 pub fn settle(recorded: &Recorded, cloud: &CloudView<'_>, candidates: &[Disk], rules: Rules) -> Finding {
     let finding = match cloud {
         CloudView::Unseen => without_cloud(recorded, candidates, rules),
+        CloudView::Stale => too_old(recorded, without_cloud(recorded, candidates, rules)),
         CloudView::Absent { confirmed } => absent(*confirmed, candidates),
         CloudView::Seen(seen) => with_cloud(recorded, seen, candidates, rules),
     };
@@ -121,6 +124,17 @@ fn without_cloud(recorded: &Recorded, candidates: &[Disk], rules: Rules) -> Find
         (Status::Remote, _, None) => found(Status::Remote, recorded.vm, None),
         (Status::Missing, _, None) => found(Status::Missing, None, Some("the cloud knew no such volume".into())),
         _ => found(Status::Unknown, recorded.vm, Some("the cloud was not seen yet".into())),
+    }
+}
+
+/// What only the cloud can say is not known any more; a device that is here still is (row V3).
+fn too_old(recorded: &Recorded, finding: Finding) -> Finding {
+    match finding.status {
+        Status::Detached | Status::Remote | Status::Missing | Status::Lost => {
+            let why = format!("it was {} when the cloud was last seen, too long ago", finding.status);
+            found(Status::Unknown, recorded.vm, Some(why))
+        }
+        _ => finding,
     }
 }
 

@@ -6,13 +6,16 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use tokio::time::Instant;
+
 use super::core::Live;
 use super::operation::{Done, Fail};
 use super::ticket::Ticket;
 use super::{Engine, Target};
+use crate::cloud::{CloudError, Label, Refusal};
 use crate::command::{self, Action, Place};
 use crate::error::Error;
-use crate::model::{DiskRow, Mark, Outcome, Status, VolumeId};
+use crate::model::{DiskRow, JobRow, Mark, Outcome, Status, VolumeId};
 use crate::store::{Change, OpRow};
 
 /// What looking has told about an operation that was left behind.
@@ -94,8 +97,13 @@ impl Engine {
         let what = command::spell(&live.action);
         tracing::info!(operation = %live.id, "settling `{what}`, which a crash left behind");
         let volumes = self.reserved(live.target);
+        let mut none_since: Option<Instant> = None;
         loop {
-            match self.settle_left(&live).await {
+            let found = self.settle_left(&live).await;
+            if !matches!(found, Found::NotBegun) {
+                none_since = None;
+            }
+            match found {
                 Found::Finish(done) => {
                     self.conclude(live, Ok(*done)).await;
                     break;
@@ -106,6 +114,11 @@ impl Engine {
                     }
                     return;
                 }
+                // The cloud may have taken the call, and shows it late: two looks decide.
+                Found::NotBegun if none_since.get_or_insert_with(Instant::now).elapsed() < self.about.late => {
+                    self.publish(|core, _| core.step(live.id, "waits whether the cloud has begun it after all"));
+                    tokio::time::sleep(super::operation::LOOK_AGAIN.min(self.about.late)).await;
+                }
                 Found::NotBegun => {
                     let interrupted = Error::LeftBehind { what };
                     self.interrupted(live, interrupted).await;
@@ -113,7 +126,8 @@ impl Engine {
                 }
                 Found::Unclear(fail) => {
                     tracing::warn!(operation = %live.id, "not settled yet: {}", fail.error);
-                    self.publish(|core, _| core.step(live.id, "waits for the cloud after a crash"));
+                    let step = format!("waits for the cloud after a crash: {}", fail.error);
+                    self.publish(|core, _| core.step(live.id, &step));
                     tokio::time::sleep(super::operation::LOOK_AGAIN).await;
                 }
             }
@@ -161,32 +175,62 @@ impl Engine {
     }
 
     async fn settle_left(self: &Arc<Self>, live: &Live) -> Found {
+        let unclear = |why: String| Found::Unclear(Fail::clean(Error::CannotTell { why }));
+        if let Err(fail) = self.on_proved_host().await {
+            return Found::Unclear(fail);
+        }
+        // What the cloud still works on is not to be judged by a look.
+        match self.cloud.running(live.fence).await {
+            Ok(None) => {}
+            Ok(Some(job)) => return unclear(format!("{job} is still running")),
+            Err(error) => return unclear(error.to_string()),
+        }
         match (live.target, &live.action) {
-            (Target::Job(job), Action::Create { disk, size, .. }) => match self.cloud.find_created(live.fence).await {
-                Ok(Some(made)) => match self.created(live, job, disk, *size, made) {
-                    Ok(done) => Found::Finish(Box::new(done)),
-                    Err(_) => Found::NotBegun,
-                },
-                Ok(None) => Found::NotBegun,
-                Err(error) => Found::Unclear(Fail::clean(Error::CannotTell { why: error.to_string() })),
-            },
-            (Target::Job(job), Action::Claim { volume, disk, .. }) => {
+            (Target::Job(job), Action::Create { .. }) => self.settle_left_create(live, job).await,
+            (Target::Job(job), Action::Claim { volume, disk, from }) => {
                 let mark = Mark { record: self.record, epoch: live.epoch };
                 match self.cloud.find(*volume).await {
-                    Ok(Some(seen)) if seen.mark == Some(mark) => {
-                        // The mark is ours already, and setting it again is success.
+                    Ok(Some(seen)) if seen.pending.is_some() => unclear("a job of the cloud is pending on it".into()),
+                    // The mark is ours already, and setting it again is success; or the old owner's was
+                    // taken off for ours, and without it the volume is nobody's.
+                    Ok(Some(seen)) if seen.mark == Some(mark) || (seen.mark.is_none() && from.is_some()) => {
                         match self.claim(live, job, *volume, disk.clone(), None).await {
                             Ok(done) => Found::Finish(Box::new(done)),
                             Err(fail) => left(fail),
                         }
                     }
                     Ok(_) => Found::NotBegun,
-                    Err(error) => Found::Unclear(Fail::clean(Error::CannotTell { why: error.to_string() })),
+                    Err(error) => unclear(error.to_string()),
                 }
             }
             (Target::Volume(row), action) => self.settle_left_volume(live, row, action).await,
             // A job's operation: its parts settle each for itself, the rest is not begun again.
             _ => Found::NotBegun,
+        }
+    }
+
+    /// Said again where it was begun: it marks and names what it made.
+    async fn settle_left_create(self: &Arc<Self>, live: &Live, job: JobRow) -> Found {
+        let new = match self.new_volume(live, job) {
+            Ok(new) => new,
+            Err(_) => return Found::NotBegun,
+        };
+        let made = match self.cloud.find_created(live.fence).await {
+            Ok(None) => return Found::NotBegun,
+            Ok(Some(made)) if made.mark == Some(new.label.mark) && made.name == new.name => Ok(made),
+            Ok(Some(_)) => self.cloud.create(&self.call(live), &new).await,
+            Err(error) => Err(error),
+        };
+        match made {
+            Ok(made) => match self.created(live, job, &new.label.disk, new.size, made) {
+                Ok(done) => Found::Finish(Box::new(done)),
+                Err(fail) => Found::Failed(fail),
+            },
+            Err(CloudError::Refused { why, words }) if why != Refusal::Passing => {
+                let what = format!("create of disk {}", new.label.disk);
+                Found::Failed(Fail::ambiguous(Error::CloudRefused { what, words }))
+            }
+            Err(error) => Found::Unclear(Fail::clean(Error::CannotTell { why: error.to_string() })),
         }
     }
 
@@ -196,6 +240,10 @@ impl Engine {
             Ok(seen) => seen,
             Err(error) => return Found::Unclear(Fail::clean(Error::CannotTell { why: error.to_string() })),
         };
+        if let Some(job) = seen.as_ref().and_then(|seen| seen.pending.as_deref()) {
+            let why = format!("the cloud's job {job} is still pending on it");
+            return Found::Unclear(Fail::clean(Error::CannotTell { why }));
+        }
         let finish = |acted: Result<Done, Fail>| match acted {
             Ok(done) => Found::Finish(Box::new(done)),
             Err(fail) => left(fail),
@@ -256,6 +304,13 @@ impl Engine {
                 match (&seen, target) {
                     (Some(seen), Some(target)) if seen.mark == Some(mark) => {
                         Found::Finish(Box::new(self.moved(live, &volume, target)))
+                    }
+                    // Our old mark was taken off for the new one: without it the volume is nobody's.
+                    (Some(seen), Some(target)) if seen.mark.is_none() => {
+                        let label = Label { mark, job: job.clone(), disk: volume.disk.clone() };
+                        let what = format!("move of volume {} to job {job}", volume.uuid);
+                        let set = self.set_mark(live, &what, volume.uuid, None, Some(&label)).await;
+                        finish(set.map(|()| self.moved(live, &volume, target)))
                     }
                     _ => Found::NotBegun,
                 }

@@ -19,7 +19,7 @@ use crate::cloud::{CloudError, CloudVolume, Survey};
 use crate::devices::DevicesError;
 use crate::error::Error;
 use crate::failpoint;
-use crate::model::{Disk, DiskRow, Status, Timestamp, VmId, VolumeId};
+use crate::model::{Disk, DiskRow, Fence, Status, Timestamp, VmId, VolumeId};
 use crate::store::{Change, MappingRow};
 
 /// What looking at one volume has found, not yet recorded.
@@ -30,6 +30,13 @@ struct Settled {
     mapping: Option<Arc<Mapping>>,
     changes: Vec<Change>,
 }
+
+/// Intervals without an answer of the cloud, after which its last one is no truth any more.
+const VIEW_LIVES: u32 = 3;
+
+/// How long, and how many at a time, creates without an outcome are looked for.
+const TWINS_LIVE: Duration = Duration::from_secs(24 * 3600);
+const TWINS: usize = 8;
 
 fn not_settled(volume: &Volume) -> Error {
     let why = volume.why.as_deref().unwrap_or("nobody can tell").into();
@@ -255,9 +262,10 @@ impl Engine {
     }
 
     fn cloud_health(&self, failed: Option<&CloudError>) {
-        let now = match failed {
-            None => Component::Ok,
-            Some(error) => Component::Degraded(error.to_string().into()),
+        let now = match (failed, self.contradicted()) {
+            (_, Some(why)) => Component::Down(format!("this host is not proved: {why}").into()),
+            (None, None) => Component::Ok,
+            (Some(error), None) => Component::Degraded(error.to_string().into()),
         };
         if self.world().health.cloud != now {
             self.publish(|core, at| {
@@ -285,15 +293,19 @@ impl Engine {
         let _one_at_a_time = self.rounds.lock().await;
         let world = self.world();
         let looked = Instant::now();
-        let survey =
-            Survey { volumes: Vec::new(), vms: vec![self.host], record: Some(self.record), fences: Vec::new() };
+        let fences = self.core.lock().late_twins((self.clock)());
+        let survey = Survey { volumes: Vec::new(), vms: vec![self.host], record: Some(self.record), fences };
         let mut answer = self.cloud.survey(&survey).await;
         let mut unseen = BTreeSet::new();
         if let Ok(volumes) = &mut answer {
             self.ask_for_the_rest(&world, volumes, &mut unseen).await;
         }
-        self.cloud_health(answer.as_ref().err());
         let disks = self.kernel(|devices| devices.disks()).await;
+        if let (Ok(volumes), Ok(disks)) = (&answer, &disks) {
+            self.seen_host(volumes, disks);
+            *self.cloud_seen.lock() = looked;
+        }
+        self.cloud_health(answer.as_ref().err());
         self.devices_health(disks.as_ref().err());
         let disks = disks.map_err(|e| Error::CannotTell { why: e.to_string() })?;
         let by_id: Option<HashMap<VolumeId, &CloudVolume>> =
@@ -306,10 +318,15 @@ impl Engine {
         }
         let any_absent = by_id.as_ref().is_some_and(|map| world.by_uuid.keys().any(|volume| !map.contains_key(volume)));
         let sees_us = any_absent && self.sees_us().await;
+        // Rule R3: what the cloud said once is not served for ever.
+        let unseen_view = match self.cloud_seen.lock().elapsed() > self.interval * VIEW_LIVES {
+            true => CloudView::Stale,
+            false => CloudView::Unseen,
+        };
         let mut settled = Vec::new();
         for before in world.volumes.values().filter(|v| v.running.is_none()) {
             let view = match &by_id {
-                None => CloudView::Unseen,
+                None => unseen_view.clone(),
                 Some(map) => match map.get(&before.uuid) {
                     Some(seen) => CloudView::Seen(seen),
                     None if unseen.contains(&before.uuid) => CloudView::Unseen,
@@ -364,12 +381,21 @@ impl Engine {
         listed
     }
 
-    /// Volumes that carry no mark of ours any more, or are in no job, are asked for one by one, so
-    /// that one the cloud cannot tell of hides no other.
+    /// Volumes that carry no mark of ours any more, or are in no job: asked for together, and one by
+    /// one where that fails, so that one the cloud cannot tell of hides no other.
     async fn ask_for_the_rest(&self, world: &World, volumes: &mut Vec<CloudVolume>, unseen: &mut BTreeSet<VolumeId>) {
         let seen: BTreeSet<VolumeId> = volumes.iter().map(|v| v.id).collect();
         let loose: Vec<VolumeId> = self.core.lock().loose.iter().copied().collect();
-        for volume in world.by_uuid.keys().copied().chain(loose).filter(|v| !seen.contains(v)) {
+        let rest: Vec<VolumeId> = world.by_uuid.keys().copied().chain(loose).filter(|v| !seen.contains(v)).collect();
+        if rest.is_empty() {
+            return;
+        }
+        let survey = Survey { volumes: rest.clone(), ..Survey::default() };
+        match self.cloud.survey(&survey).await {
+            Ok(found) => return volumes.extend(found),
+            Err(error) => tracing::debug!("{} volumes are asked for one by one: {error}", rest.len()),
+        }
+        for volume in rest {
             match self.cloud.find(volume).await {
                 Ok(found) => volumes.extend(found),
                 Err(error) => {
@@ -480,6 +506,12 @@ impl Engine {
 }
 
 impl Core {
+    /// The creates without an outcome that are young enough to still come to light.
+    fn late_twins(&mut self, now: Timestamp) -> Vec<Fence> {
+        self.twins.retain(|(_, ended)| ended.plus(TWINS_LIVE) > now);
+        self.twins.iter().rev().take(TWINS).map(|(fence, _)| *fence).collect()
+    }
+
     fn show(&mut self, s: Settled, recorded: bool, at: Timestamp) {
         let Settled { before, finding, seen, mapping, changes } = s;
         if finding.drift {
@@ -526,7 +558,7 @@ impl Core {
     fn age_views(&mut self, at: Timestamp, interval: Duration) {
         let named: Vec<(VmId, Arc<VmView>)> = self.world.vms.iter().map(|(k, v)| (*k, v.clone())).collect();
         for (vm, view) in named {
-            let stale = view.seen.is_none_or(|seen| seen.plus(interval * 3) < at);
+            let stale = view.seen.is_none_or(|seen| seen.plus(interval * VIEW_LIVES) < at);
             if stale != view.stale {
                 self.world.vms.insert(vm, Arc::new(VmView { stale, ..(*view).clone() }));
             }
@@ -551,6 +583,9 @@ impl Core {
                 (Some(a), _) if self.world.vms.contains_key(&a.vm) => format!("attached to VM {}, in no job", a.vm),
                 (_, Some(mark)) if mark.record == record => "carries this record's mark, in no job".to_owned(),
                 _ if self.loose.contains(&cloud.id) => "in this record, in no job".to_owned(),
+                _ if cloud.name.starts_with("volfs-") && !self.twins.is_empty() => {
+                    "made by a create whose answer never came, in no job".to_owned()
+                }
                 _ => continue,
             };
             let disk = disks.iter().find(|d| d.identity.names(cloud.id));

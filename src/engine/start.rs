@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::core::Core;
+use super::host::Proof;
 use super::jobs::new_job;
 use super::ownership::blank;
 use super::world::{Component, Counters, Health, HistoryRow, Mapping, Times, Volume, World};
@@ -46,6 +47,7 @@ impl Engine {
         core.fill(&loaded, &disks.unwrap_or_default(), &*devices, about.host, at);
         let unfinished: Vec<OpRow> = loaded.unfinished.clone();
         let world = Arc::new(core.world.clone());
+        let proof = if about.prove_host { Proof::Unseen } else { Proof::NotNeeded };
         let engine = Arc::new_cyclic(|me| Engine {
             me: me.clone(),
             core: Mutex::new(core),
@@ -63,6 +65,8 @@ impl Engine {
             interval: options.interval,
             absence_gap: options.absence_gap,
             read_only,
+            proof: Mutex::new(proof),
+            cloud_seen: Mutex::new(tokio::time::Instant::now()),
             runtime: runtime.clone(),
             round_wanted: Arc::new(Notify::new()),
             closing: Arc::new(Notify::new()),
@@ -186,6 +190,10 @@ impl Core {
                     row.job = Some(named.id.clone());
                 }
                 let ended = row.at;
+                // An end by a crash is not recorded as a look that found nothing, and is one all the same.
+                if op.verb == Verb::Create && matches!(row.outcome, Outcome::Ambiguous | Outcome::Interrupted) {
+                    self.twins.push((op.fence, ended));
+                }
                 let job = op.job.filter(|row| self.world.jobs.contains_key(row));
                 self.add_history(row, job, ended);
             }

@@ -1,6 +1,7 @@
 //! Attach, resize and delete: the steps, each of which looks before it acts; detach has its own file.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -8,7 +9,7 @@ use super::Engine;
 use super::core::Live;
 use super::operation::{Acted, Done, Fail, LOOK_AGAIN, changed, cloud_fail};
 use super::world::{Mapping, Volume};
-use crate::cloud::{CloudError, CloudVolume};
+use crate::cloud::{CloudError, CloudVolume, Refusal};
 use crate::devices::DevicesError;
 use crate::error::Error;
 use crate::failpoint;
@@ -37,6 +38,11 @@ impl Unmapped {
         })
     }
 }
+
+/// How often the cloud is asked again while a device is waited for.
+const ASK_CLOUD: Duration = Duration::from_secs(10);
+/// How long a device is waited for after the cloud has said that it attached it.
+const DEVICE_WAIT: Duration = Duration::from_secs(300);
 
 pub(super) fn cannot_tell(error: DevicesError) -> Fail {
     Fail::ambiguous(Error::CannotTell { why: error.to_string() })
@@ -132,7 +138,7 @@ impl Engine {
         let volume = self.owned(row)?;
         let what = format!("attach of volume {}", volume.uuid);
         self.step(live, "look at the volume in the cloud")?;
-        let seen = self.look_ours(&volume, &what).await?;
+        let seen = self.look_before(live, &volume, &what).await?;
         match seen.attached {
             Some(at) if at.vm != vm => {
                 return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
@@ -142,7 +148,7 @@ impl Engine {
                 return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm }));
             }
             Some(_) => {}
-            None => self.call_attach(live, &volume, vm, slot, &what).await?,
+            None => self.call_attach(live, &volume, seen, vm, slot, &what).await?,
         }
         if vm == self.host {
             self.prove_here(live, row, slot, &what).await
@@ -155,6 +161,7 @@ impl Engine {
         self: &Arc<Self>,
         live: &Live,
         volume: &Volume,
+        seen: CloudVolume,
         vm: VmId,
         slot: Option<Slot>,
         what: &str,
@@ -166,7 +173,8 @@ impl Engine {
             return Err(Fail::clean(Error::Contradiction { volume: volume.uuid, why }));
         }
         if vm != self.host {
-            let facts = self.patiently(what, None, || self.cloud.vm(vm)).await.map_err(|f| Fail::clean(f.error))?;
+            let facts =
+                self.patiently(live, what, None, || self.cloud.vm(vm)).await.map_err(|f| Fail::clean(f.error))?;
             let Some(facts) = facts else { return Err(Fail::clean(Error::NoSuchVm { vm })) };
             if slot == Some(Slot::Root) && facts.running {
                 return Err(Fail::clean(Error::VmNotReady {
@@ -181,7 +189,21 @@ impl Engine {
         let call = self.call(live);
         self.step(live, "the cloud attaches it")?;
         failpoint::reach("attach.before-call").await;
-        let answer = self.patiently(what, Some(volume.uuid), || self.cloud.attach(&call, volume.uuid, vm, slot)).await;
+        let attach = |seen: CloudVolume| {
+            let call = &call;
+            async move {
+                match seen.attached {
+                    Some(at) if at.vm == vm => Ok(()),
+                    Some(at) => Err(CloudError::Refused {
+                        why: Refusal::Conflict,
+                        words: format!("it is attached to VM {} meanwhile", at.vm),
+                    }),
+                    None => self.cloud.attach(call, volume.uuid, vm, slot).await,
+                }
+            }
+        };
+        let calling = self.guarded(live, volume, what, Some(seen), attach);
+        let answer = self.watched(&call, volume.uuid, true, calling).await;
         failpoint::reach("attach.after-call").await;
         match answer {
             Ok(()) => Ok(()),
@@ -198,6 +220,8 @@ impl Engine {
     async fn prove_here(self: &Arc<Self>, live: &Live, row: DiskRow, slot: Option<Slot>, what: &str) -> Acted {
         let mut changes = self.devices.changes();
         self.step(live, "wait for the device")?;
+        let began = tokio::time::Instant::now();
+        let mut asked = began;
         let mapping = loop {
             let volume = self.owned(row)?;
             let disks = self.candidates(volume.uuid).await.map_err(cannot_tell)?;
@@ -215,6 +239,18 @@ impl Engine {
             }
             if live.stopping() {
                 return Err(Fail::ambiguous(Error::Cancelled));
+            }
+            if asked.elapsed() >= ASK_CLOUD {
+                asked = tokio::time::Instant::now();
+                self.still_attached(&volume, what).await?;
+            }
+            if began.elapsed() >= DEVICE_WAIT {
+                let why = format!(
+                    "the cloud says it is attached here, and no device came in {} s: `detach` it, or wait on, it is \
+                     taken when it comes",
+                    DEVICE_WAIT.as_secs()
+                );
+                return Err(Fail::ambiguous(Error::NotSettled { volume: volume.uuid, status: Status::Lost, why }));
             }
             // A change may be about any disk.
             tokio::select! {
@@ -275,6 +311,19 @@ impl Engine {
             })),
             look: None,
         })
+    }
+
+    /// While its device is waited for, somebody may take the volume away again.
+    async fn still_attached(&self, volume: &Volume, what: &str) -> Result<(), Fail> {
+        match self.cloud.find(volume.uuid).await {
+            Ok(Some(seen)) if seen.attached.is_some_and(|a| a.vm == self.host) => Ok(()),
+            Ok(_) => {
+                let words = "it was detached again behind volfs's back before its device came".into();
+                Err(Fail::ambiguous(Error::CloudRefused { what: what.into(), words }))
+            }
+            // An answer that does not come says nothing.
+            Err(_) => Ok(()),
+        }
     }
 
     /// An id that was asked for is verified, or the volume is detached again (C3). Recovery takes nothing away.
@@ -346,7 +395,7 @@ impl Engine {
         let volume = self.owned(row)?;
         let what = format!("resize of volume {}", volume.uuid);
         self.step(live, "look at the volume in the cloud")?;
-        let seen = self.look_ours(&volume, &what).await?;
+        let seen = self.look_before(live, &volume, &what).await?;
         if size < seen.size {
             return Err(Fail::clean(Error::WouldShrink { volume: volume.uuid, have: seen.size, asked: size }));
         }
@@ -356,7 +405,9 @@ impl Engine {
         // It has that size already: nothing to call, which is also all that recovery ever does here.
         let size = match size == seen.size {
             true => size,
-            false => self.patiently(&what, Some(volume.uuid), || self.cloud.resize(&call, volume.uuid, size)).await?,
+            false => {
+                self.patiently(live, &what, Some(volume.uuid), || self.cloud.resize(&call, volume.uuid, size)).await?
+            }
         };
         failpoint::reach("resize.after-call").await;
         let mapping = match &volume.mapping {
@@ -429,7 +480,7 @@ impl Engine {
         let mut note = "it was missing in the cloud; dropped".to_owned();
         if volume.base != Status::Missing {
             self.step(live, "look at the volume in the cloud")?;
-            let seen = self.look_ours(&volume, &what).await?;
+            let seen = self.look_before(live, &volume, &what).await?;
             if let Some(at) = seen.attached {
                 return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
             }
@@ -444,7 +495,20 @@ impl Engine {
             self.step(live, "the cloud deletes it")?;
             failpoint::reach("delete.before-call").await;
             let call = self.call(live);
-            let deleting = self.patiently(&what, Some(volume.uuid), || self.cloud.delete(&call, volume.uuid, expunge));
+            let delete = |seen: CloudVolume| {
+                let call = &call;
+                let uuid = volume.uuid;
+                async move {
+                    match seen.attached {
+                        Some(at) => Err(CloudError::Refused {
+                            why: Refusal::Conflict,
+                            words: format!("it is attached to VM {} meanwhile", at.vm),
+                        }),
+                        None => self.cloud.delete(call, uuid, expunge).await,
+                    }
+                }
+            };
+            let deleting = self.guarded(live, &volume, &what, Some(seen), delete);
             let until = match deleting.await {
                 Ok(until) => until,
                 Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {

@@ -49,15 +49,16 @@ pub(crate) fn handle(core: &Arc<Core>, method: &str, params: Params) -> Answer {
             at: Instant::now(),
             status: 0,
         });
-        core.changed.notify_all();
+        core.tell(&mut world);
         (world.requests.len() - 1, taken.map(|k| k.flat()).unwrap_or_default())
     };
     let answer = answer(core, method, &command, &params, &kinds);
     // A log that was cleared meanwhile has no such line.
-    if let Some(request) = core.world.lock().requests.get_mut(at).filter(|r| r.command == command) {
+    let mut world = core.world.lock();
+    if let Some(request) = world.requests.get_mut(at).filter(|r| r.command == command) {
         request.status = answer.status;
     }
-    core.changed.notify_all();
+    core.tell(&mut world);
     answer
 }
 

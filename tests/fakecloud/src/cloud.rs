@@ -63,11 +63,17 @@ impl FakeCloud {
         &self.owner.core
     }
 
-    /// Looks at, or changes, what the cloud knows, and tells all who wait.
+    /// Changes what the cloud knows, and tells all who wait.
     pub(crate) fn with<T>(&self, act: impl FnOnce(&mut World) -> T) -> T {
-        let result = act(&mut self.core().world.lock());
-        self.core().changed.notify_all();
+        let mut world = self.core().world.lock();
+        let result = act(&mut world);
+        self.core().tell(&mut world);
         result
+    }
+
+    /// Looks at what the cloud knows.
+    fn look<T>(&self, act: impl FnOnce(&World) -> T) -> T {
+        act(&self.core().world.lock())
     }
 
     /// `http://127.0.0.1:PORT/client/api`.
@@ -92,7 +98,7 @@ impl FakeCloud {
 
     /// The first account.
     pub fn account(&self) -> Account {
-        self.with(|world| world.accounts[0].clone())
+        self.look(|world| world.accounts[0].clone())
     }
 
     /// The host VM's id.
@@ -102,17 +108,17 @@ impl FakeCloud {
 
     /// The zones.
     pub fn zones(&self) -> Vec<Zone> {
-        self.with(|world| world.zones.clone())
+        self.look(|world| world.zones.clone())
     }
 
     /// The offerings: the default ones are a customised one, then a fixed one of 5 GiB.
     pub fn offerings(&self) -> Vec<Offering> {
-        self.with(|world| world.offerings.clone())
+        self.look(|world| world.offerings.clone())
     }
 
     /// All volumes, root disks and removed ones included, in the order in which they were made.
     pub fn volumes(&self) -> Vec<Volume> {
-        let mut all: Vec<_> = self.with(|world| world.volumes.values().cloned().collect());
+        let mut all: Vec<_> = self.look(|world| world.volumes.values().cloned().collect());
         all.sort_by_key(|v: &Volume| v.number);
         all
     }
@@ -124,12 +130,12 @@ impl FakeCloud {
 
     /// One volume.
     pub fn volume(&self, id: &str) -> Option<Volume> {
-        self.with(|world| world.volumes.get(id).cloned())
+        self.look(|world| world.volumes.get(id).cloned())
     }
 
     /// What is attached to a VM, by device id.
     pub fn on_vm(&self, vm: &str) -> Vec<Volume> {
-        let mut all: Vec<_> = self.with(|world| world.on_vm(vm).cloned().collect());
+        let mut all: Vec<_> = self.look(|world| world.on_vm(vm).cloned().collect());
         all.sort_by_key(|v: &Volume| v.device_id);
         all
     }
@@ -141,42 +147,42 @@ impl FakeCloud {
 
     /// One VM.
     pub fn vm(&self, id: &str) -> Option<Vm> {
-        self.with(|world| world.vms.get(id).cloned())
+        self.look(|world| world.vms.get(id).cloned())
     }
 
     /// All snapshots, deleted ones included.
     pub fn snapshots(&self) -> Vec<Snapshot> {
-        self.with(|world| world.snapshots.values().cloned().collect())
+        self.look(|world| world.snapshots.values().cloned().collect())
     }
 
     /// All jobs, final ones included.
     pub fn jobs(&self) -> Vec<Job> {
-        self.with(|world| world.jobs.values().cloned().collect())
+        self.look(|world| world.jobs.values().cloned().collect())
     }
 
     /// One job.
     pub fn job(&self, id: &str) -> Option<Job> {
-        self.with(|world| world.jobs.get(id).cloned())
+        self.look(|world| world.jobs.get(id).cloned())
     }
 
     /// The devices that are there now.
     pub fn devices(&self) -> Vec<Plug> {
-        self.with(|world| world.devices.iter().filter(|d| d.there).map(|d| d.plug.clone()).collect())
+        self.look(|world| world.devices.iter().filter(|d| d.there).map(|d| d.plug.clone()).collect())
     }
 
     /// How often a command was called, refused and dropped calls included.
     pub fn calls(&self, command: &str) -> usize {
-        self.with(|world| world.requests.iter().filter(|r| r.command == command).count())
+        self.look(|world| world.requests.iter().filter(|r| r.command == command).count())
     }
 
     /// All requests of whatever command.
     pub fn all_calls(&self) -> usize {
-        self.with(|world| world.requests.len())
+        self.look(|world| world.requests.len())
     }
 
     /// The log of requests, in order.
     pub fn requests(&self) -> Vec<Request> {
-        self.with(|world| world.requests.clone())
+        self.look(|world| world.requests.clone())
     }
 
     /// Forgets the log of requests and effects: counting begins anew.
@@ -190,12 +196,12 @@ impl FakeCloud {
     /// How often something was done by requests, to this volume or (`None`) to any.
     pub fn effects(&self, effect: Effect, volume: Option<&str>) -> usize {
         let counts = |d: &&Done| d.effect == effect && !d.by_admin && volume.is_none_or(|v| v == d.volume);
-        self.with(|world| world.done.iter().filter(counts).count())
+        self.look(|world| world.done.iter().filter(counts).count())
     }
 
     /// All effects, in order.
     pub fn log(&self) -> Vec<Done> {
-        self.with(|world| world.done.clone())
+        self.look(|world| world.done.clone())
     }
 
     /// Waits until `condition` holds, looking after each request, effect and step of a job; whether
@@ -203,21 +209,18 @@ impl FakeCloud {
     pub fn wait_for(&self, patience: Duration, mut condition: impl FnMut(&FakeCloud) -> bool) -> bool {
         let deadline = Instant::now() + patience;
         loop {
-            // What changes between the look and the wait is seen by the count.
-            let before = self.core().world.lock().changes();
+            let seen = self.look(|world| world.version);
             if condition(self) {
                 return true;
             }
             let mut world = self.core().world.lock();
-            while world.changes() == before {
-                // A change without an entry (a state) wakes without a count: look then, too.
-                if self.core().changed.wait_until(&mut world, deadline.min(Instant::now() + LOOK)).timed_out() {
-                    break;
+            while world.version == seen {
+                if self.core().changed.wait_until(&mut world, deadline).timed_out() {
+                    return false;
                 }
             }
-            drop(world);
             if Instant::now() >= deadline {
-                return condition(self);
+                return false;
             }
         }
     }
@@ -274,6 +277,3 @@ impl FakeCloud {
         self.with(|world| world.next_ids.extend(ids.iter().map(|id| (*id).to_owned())));
     }
 }
-
-/// Longest time between two looks of [`FakeCloud::wait_for`].
-const LOOK: Duration = Duration::from_millis(20);

@@ -154,6 +154,12 @@ impl Core {
         self.connections.lock().remove(&number);
     }
 
+    /// Says that something changed, under the lock that it was changed under.
+    pub fn tell(&self, world: &mut World) {
+        world.version += 1;
+        self.changed.notify_all();
+    }
+
     /// Waits so long, or until the cloud ends: false then.
     pub fn wait(&self, world: &mut MutexGuard<'_, World>, time: Duration) -> bool {
         self.wait_unless(world, time, |world| world.ending);
@@ -174,8 +180,11 @@ impl Core {
 
     /// Ends connections, jobs and devices; the listener is the caller's.
     pub fn end(&self) {
-        self.world.lock().ending = true;
-        self.changed.notify_all();
+        {
+            let mut world = self.world.lock();
+            world.ending = true;
+            self.tell(&mut world);
+        }
         loop {
             for stream in self.connections.lock().values() {
                 let _ = stream.shutdown(Shutdown::Both);

@@ -78,11 +78,12 @@ impl Core {
             (Ok(()), None) => {
                 drop(world);
                 let _ = self.hypervisor.unplug(&plug);
+                return result;
             }
             (Err(_), Some(at)) => drop(world.devices.remove(at)),
             (Err(_), None) => {}
         }
-        self.changed.notify_all();
+        self.tell(&mut world);
         result
     }
 
@@ -133,7 +134,7 @@ impl Core {
             let mut world = self.world.lock();
             world.devices.retain(|d| d.plug.key != plug.key);
             world.record(Effect::Unplugged, volume, false);
-            self.changed.notify_all();
+            self.tell(&mut world);
         }
     }
 

@@ -23,7 +23,7 @@
 //! | [`hypervisor`], [`loops`] | devices: the trait, and loop devices of this machine |
 //! | [`sign`] | signatures |
 //! | `http`, `api`, `params`, `answer` | from the socket to a command and back |
-//! | `commands`, `run`, `work` | the commands, their jobs, what these do |
+//! | `commands`, `run`, `work`, `tagging` | the commands, their jobs, what these do |
 //! | `core`, `device`, `storage`, `time` | what all of them share |
 
 pub mod admin;
@@ -43,6 +43,7 @@ mod run;
 pub mod sign;
 pub mod state;
 mod storage;
+mod tagging;
 mod time;
 mod work;
 

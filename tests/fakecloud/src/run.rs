@@ -123,7 +123,7 @@ pub(crate) fn submit(core: &Arc<Core>, world: &mut World, new: Submission) -> Re
         }
         (Err(_), None) => {}
     }
-    core.changed.notify_all();
+    core.tell(world);
     Ok(id)
 }
 
@@ -207,7 +207,7 @@ impl Run {
         world.killed.retain(|id| *id != self.id);
         world.held.retain(|id| *id != self.id);
         close(&mut world, &self.id, outcome);
-        self.core.changed.notify_all();
+        self.core.tell(&mut world);
     }
 
     /// Waits for the head of the VM's queue.
@@ -235,13 +235,13 @@ impl Run {
     /// A moment is reached: what the rule says of it happens.
     pub fn at(&self, moment: Moment) -> Result<(), Stop> {
         let mut world = self.core.world.lock();
-        self.core.changed.notify_all();
+        self.core.tell(&mut world);
         self.alive(&world)?;
         for kind in &self.kinds {
             match kind {
                 Kind::JobHangs(at) if *at == moment => {
                     world.held.push(self.id.clone());
-                    self.core.changed.notify_all();
+                    self.core.tell(&mut world);
                     while world.held.contains(&self.id) && self.alive(&world).is_ok() {
                         self.core.changed.wait(&mut world);
                     }

@@ -245,6 +245,8 @@ pub(crate) struct World {
     pub windows: HashMap<String, (Instant, u32)>,
     /// Counts everything that is made; numbers of the database.
     pub numbers: u64,
+    /// Rises with each change.
+    pub version: u64,
     pub ending: bool,
 }
 
@@ -271,11 +273,6 @@ impl World {
 
     pub fn record(&mut self, effect: Effect, volume: &str, by_admin: bool) {
         self.done.push(Done { effect, volume: volume.to_owned(), by_admin, at: Instant::now() });
-    }
-
-    /// Rises with each request, effect and job.
-    pub fn changes(&self) -> usize {
-        self.requests.len() + self.done.len() + self.jobs.len()
     }
 
     /// The pending job that listVolumes shows on a volume.

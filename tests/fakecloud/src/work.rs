@@ -7,6 +7,7 @@ use crate::commands::shown;
 use crate::fault::Moment;
 use crate::run::{Run, Stop};
 use crate::state::{Effect, Volume, World};
+use crate::tagging::Tagging;
 use crate::time;
 
 /// The work of one job. Ids are UUIDs of rows that were there when it was accepted.
@@ -53,14 +54,8 @@ pub(crate) enum Work {
         snapshot: String,
         volume: String,
     },
-    Tag {
-        resources: Vec<String>,
-        tags: Vec<(String, String)>,
-    },
-    Untag {
-        resources: Vec<String>,
-        tags: Vec<(String, Option<String>)>,
-    },
+    Tag(Tagging<String>),
+    Untag(Tagging<Option<String>>),
 }
 
 impl Work {
@@ -76,8 +71,8 @@ impl Work {
             Work::Snapshot { snapshot, volume } => take_snapshot(run, snapshot, volume),
             Work::DeleteSnapshot { snapshot } => delete_snapshot(run, snapshot),
             Work::Revert { snapshot, volume } => revert(run, snapshot, volume),
-            Work::Tag { resources, tags } => tag(run, resources, tags),
-            Work::Untag { resources, tags } => untag(run, resources, tags),
+            Work::Tag(tagging) => tagging.create(run),
+            Work::Untag(tagging) => tagging.delete(run),
         }
     }
 
@@ -111,7 +106,7 @@ impl Work {
     }
 }
 
-fn gone(volume: &str) -> Failure {
+pub(crate) fn gone(volume: &str) -> Failure {
     Failure::parameter(format!("Unable to find volume with ID: {volume}"))
 }
 
@@ -125,7 +120,7 @@ impl Run {
         let mut world = self.core.world.lock();
         let volume = world.volumes.get_mut(id).filter(|v| v.exists()).ok_or_else(|| gone(id))?;
         let result = change(volume)?;
-        self.core.changed.notify_all();
+        self.core.tell(&mut world);
         Ok(result)
     }
 
@@ -137,8 +132,9 @@ impl Run {
     }
 
     fn record(&self, effect: Effect, volume: &str) {
-        self.core.world.lock().record(effect, volume, self.by_admin);
-        self.core.changed.notify_all();
+        let mut world = self.core.world.lock();
+        world.record(effect, volume, self.by_admin);
+        self.core.tell(&mut world);
     }
 
     /// `{"volume":…}`, written while the job is still open, as seen in #6492.
@@ -312,7 +308,7 @@ pub(crate) fn remove(core: &crate::core::Core, id: &str, expunge: bool, by_admin
         world.record(Effect::Expunged, id, by_admin);
         core.storage.remove(id).map_err(|e| Failure::internal(format!("Failed to expunge the volume {id}: {e}")))?;
     }
-    core.changed.notify_all();
+    core.tell(&mut world);
     Ok(())
 }
 
@@ -339,7 +335,7 @@ fn snapshot_state(run: &Run, id: &str, state: &str) -> Result<(), Stop> {
     let mut world = run.core.world.lock();
     let snapshot = world.snapshots.get_mut(id).ok_or_else(|| Failure::parameter("unable to find a snapshot"))?;
     snapshot.state = state.into();
-    run.core.changed.notify_all();
+    run.core.tell(&mut world);
     Ok(())
 }
 
@@ -410,69 +406,4 @@ fn revert(run: &Run, snapshot: &str, volume: &str) -> Result<Value, Stop> {
     run.state(volume, "Ready")?;
     run.at(Moment::Closing)?;
     snapshot_result(run, snapshot)
-}
-
-/// The tags of a volume or a snapshot.
-fn tags_of<'a>(world: &'a mut World, id: &str) -> Option<&'a mut std::collections::BTreeMap<String, String>> {
-    if let Some(volume) = world.volumes.get_mut(id) {
-        return Some(&mut volume.tags);
-    }
-    world.snapshots.get_mut(id).map(|s| &mut s.tags)
-}
-
-fn tag(run: &Run, resources: &[String], tags: &[(String, String)]) -> Result<Value, Stop> {
-    run.at(Moment::Working)?;
-    run.last(1.0)?;
-    {
-        let mut world = run.core.world.lock();
-        // One transaction: all of them or none.
-        for id in resources {
-            let there = tags_of(&mut world, id).ok_or_else(|| gone(id))?;
-            if let Some((key, _)) = tags.iter().find(|(key, _)| there.contains_key(key)) {
-                return Err(Failure::internal(format!("tag {key} already on Volume with id {id}")).into());
-            }
-        }
-        for id in resources {
-            let there = tags_of(&mut world, id).ok_or_else(|| gone(id))?;
-            there.extend(tags.iter().cloned());
-            world.record(Effect::Tagged, id, run.by_admin);
-        }
-        run.core.changed.notify_all();
-    }
-    run.at(Moment::Done)?;
-    run.at(Moment::Recorded)?;
-    run.at(Moment::Closing)?;
-    Ok(json!({"success": true}))
-}
-
-fn untag(run: &Run, resources: &[String], tags: &[(String, Option<String>)]) -> Result<Value, Stop> {
-    run.at(Moment::Working)?;
-    run.last(1.0)?;
-    {
-        let mut world = run.core.world.lock();
-        let mut any = false;
-        for id in resources {
-            let there = tags_of(&mut world, id).ok_or_else(|| gone(id))?;
-            let before = there.len();
-            there.retain(|key, value| {
-                let matches = tags.iter().any(|(k, v)| k == key && v.as_ref().is_none_or(|v| v == value));
-                // Without any tag named, all of them go.
-                !matches && !tags.is_empty()
-            });
-            if there.len() < before {
-                any = true;
-                world.record(Effect::Untagged, id, run.by_admin);
-            }
-        }
-        run.core.changed.notify_all();
-        if !any {
-            return Err(
-                Failure::parameter("Unable to find any tags which conform to specified delete parameters.").into()
-            );
-        }
-    }
-    run.at(Moment::Done)?;
-    run.at(Moment::Recorded)?;
-    run.at(Moment::Closing)?;
-    Ok(json!({"success": true}))
 }

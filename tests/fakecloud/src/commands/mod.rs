@@ -42,6 +42,10 @@ pub(crate) static ALL: &[Command] = &[
     command("listCapabilities", false, info::capabilities),
     command("listDiskOfferings", false, info::offerings),
     command("listEvents", false, info::events),
+    // Not a volume client's, but libcloud's list of VMs asks for them.
+    command("listIpForwardingRules", false, info::nothing),
+    command("listPortForwardingRules", false, info::nothing),
+    command("listPublicIpAddresses", false, info::nothing),
     command("listSnapshots", false, snapshots::list),
     command("listTags", false, tags::list),
     command("listVirtualMachines", false, info::vms),

@@ -1,65 +1,50 @@
 //! createTags, deleteTags, listTags (2.17): keys are unique per resource.
+//!
+//! Beyond the page, from `TaggedResourceManagerImpl`, `CreateTagsCmd` and `DeleteTagsCmd`: the ids are
+//! plain strings to the request, so that unknown ones and foreign ones fail in the job; the job names
+//! no resource, so that no volume shows it; deleteTags compares keys and values regardless of case,
+//! and with nothing to delete it fails with 530.
 
 use serde_json::{Value, json};
 
-use super::may;
 use crate::answer::Refusal;
 use crate::api::Call;
-use crate::params::invalid;
-use crate::state::World;
+use crate::tagging::Tagging;
 use crate::work::Work;
 
-/// Longest value.
+/// Longest key and value.
 const LONGEST: usize = 255;
 
-/// The resources named, all of them known and this account's.
-fn resources(call: &Call<'_>, world: &World) -> Result<(&'static str, Vec<String>), Refusal> {
-    let kind = call.need("resourcetype")?;
-    let kind = ["Volume", "Snapshot"]
-        .into_iter()
-        .find(|k| k.eq_ignore_ascii_case(kind))
-        .ok_or_else(|| Refusal::parameter(format!("Invalid resource type: {kind}")))?;
+/// The type, and the ids as sent.
+fn resources(call: &Call<'_>) -> Result<(String, Vec<String>), Refusal> {
+    let kind = call.need("resourcetype")?.to_owned();
     call.need("resourceids")?;
-    let ids: Vec<_> = call.params.list("resourceids").unwrap_or_default().into_iter().map(str::to_owned).collect();
-    for id in &ids {
-        let allowed = match kind {
-            "Volume" => world.volumes.get(id).map(|v| may(&call.account, v)),
-            _ => world.snapshots.get(id).map(|s| may(&call.account, s)),
-        };
-        match allowed {
-            None => return Err(invalid(call.command, "resourceids", id)),
-            Some(false) => return Err(Refusal::denied("Acct does not have permission to operate with resource")),
-            Some(true) => {}
-        }
-    }
-    Ok((kind, ids))
+    let ids = call.params.list("resourceids").unwrap_or_default();
+    Ok((kind, ids.into_iter().map(str::to_owned).collect()))
 }
 
 pub(super) fn create(call: &Call<'_>) -> Result<Value, Refusal> {
-    let mut world = call.core.world.lock();
-    let (kind, ids) = resources(call, &world)?;
+    let (kind, resources) = resources(call)?;
     let mut tags = Vec::new();
     for (key, value) in call.params.tags()? {
         let value = value.unwrap_or_default();
-        if key.is_empty() || value.is_empty() || key.chars().count() > LONGEST || value.chars().count() > LONGEST {
-            return Err(Refusal::parameter(format!("Value for the key {key} is either null or too long")));
+        if key.chars().count() > LONGEST || value.chars().count() > LONGEST {
+            return Err(Refusal::parameter(format!("Length of the tag {key} is above {LONGEST}")));
         }
         tags.push((key, value));
     }
     if tags.is_empty() {
         call.need("tags")?;
     }
-    let first = ids.first().cloned().unwrap_or_default();
-    let job = call.submit(&mut world, Some((kind, &first)), None, Ok(Work::Tag { resources: ids, tags }))?;
+    let work = Work::Tag(Tagging { caller: call.account.clone(), kind, resources, tags });
+    let job = call.submit(&mut call.core.world.lock(), None, None, Ok(work))?;
     Ok(json!({ "jobid": job }))
 }
 
 pub(super) fn delete(call: &Call<'_>) -> Result<Value, Refusal> {
-    let mut world = call.core.world.lock();
-    let (kind, ids) = resources(call, &world)?;
-    let tags = call.params.tags()?;
-    let first = ids.first().cloned().unwrap_or_default();
-    let job = call.submit(&mut world, Some((kind, &first)), None, Ok(Work::Untag { resources: ids, tags }))?;
+    let (kind, resources) = resources(call)?;
+    let work = Work::Untag(Tagging { caller: call.account.clone(), kind, resources, tags: call.params.tags()? });
+    let job = call.submit(&mut call.core.world.lock(), None, None, Ok(work))?;
     Ok(json!({ "jobid": job }))
 }
 

@@ -421,7 +421,7 @@ pub(super) fn recover(call: &Call<'_>) -> Result<Value, Refusal> {
         volume.state = "Ready".into();
     }
     world.record(Effect::Recovered, &id, false);
-    call.core.changed.notify_all();
+    call.core.tell(&mut world);
     let volume = world.volumes.get(&id).map(|v| shown::volume(&world, v, call.account.admin, None));
     Ok(json!({ "volume": volume }))
 }
