@@ -53,7 +53,7 @@ impl Site {
             "for disk in /sys/block/[vs]d*; do \
                  if grep -q {serial} $disk/{identity}; then mount -t ext4 /dev/${{disk##*/}} /var; fi; \
              done; \
-             mountpoint -q /var && mkdir -p /var/lib /var/log || mount | grep ' /var '"
+             grep -q ' /var ' /proc/mounts && mkdir -p /var/lib /var/log"
         ));
         let cloud = &self.cloud;
         let said = self.machine.run(&format!(
