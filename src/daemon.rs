@@ -9,8 +9,10 @@ use std::time::{Duration, SystemTime};
 
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::cloud::Cloud;
+use crate::cloud::cloudstack::{self, Client, ClientOptions, CloudStack, Signature, whoami};
 use crate::cloud::loopdev::{LoopCloud, LoopOptions};
-use crate::config::{Config, Problem, Provider, SizeCheck};
+use crate::config::{CloudStackConfig, Config, Problem, Provider, SignatureHash, SizeCheck};
 use crate::devices::{self, Devices, KernelDevices};
 use crate::engine::{self, Engine};
 use crate::fs::{self, Serving};
@@ -36,9 +38,6 @@ pub struct Daemon {
 impl Daemon {
     /// Starts everything; when this returns, the tree answers.
     pub fn start(config: &Config) -> Result<Self, Problem> {
-        if config.provider == Provider::Cloudstack {
-            return Err(Problem("provider cloudstack is configured, but this build only has its client".into()));
-        }
         one_heap();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -63,23 +62,25 @@ impl Daemon {
         })
         .map_err(|e| Problem::with("cannot watch block devices", e))?;
         let boot = devices.boot();
-        let cloud = LoopCloud::open(LoopOptions {
-            dir: config.loop_provider.dir.clone(),
-            trash_keep: config.loop_provider.trash_keep,
-            protect: config.protect.clone(),
-            most_disks: config.loop_provider.most_disks,
-            capacity: config.loop_provider.capacity,
-            boot,
-            host: host_id(boot)?,
-            read_only: config.read_only,
-        })
-        .map_err(|e| Problem::with("the loop provider", e))?;
-        same_provider(config, &cloud.instance().to_string())?;
+        let (cloud, instance): (Arc<dyn Cloud>, Instance) = match config.provider {
+            Provider::Loop => {
+                let cloud = loop_cloud(config, boot)?;
+                let instance = cloud.instance().to_string();
+                (cloud, Instance::Store(instance))
+            }
+            Provider::Cloudstack => {
+                let cloud = runtime.block_on(cloudstack(config))?;
+                let host = cloud.about().host;
+                (cloud, Instance::Host(host))
+            }
+        };
+        let foreign = same_provider(config, &instance)?;
+        let read_only = config.read_only.then(|| "it was started with --read-only".to_owned()).or(foreign);
         let options = engine::Options {
             interval: config.reconcile_interval,
             absence_gap: ABSENCE_GAP,
             exact_size: config.size_check == SizeCheck::Exact,
-            read_only: config.read_only.then(|| "it was started with --read-only".to_owned()),
+            read_only,
             history: config.history,
             events: EVENTS_KEPT,
             clock: Arc::new(|| Timestamp::from(SystemTime::now())),
@@ -142,25 +143,100 @@ fn give_back_memory() {
     unsafe { libc::malloc_trim(0) };
 }
 
-/// A record belongs to one store of volumes: another one, or an empty one below a mount point whose
-/// mount is missing, would make every volume look gone.
-fn same_provider(config: &Config, instance: &str) -> Result<(), Problem> {
+fn loop_cloud(config: &Config, boot: BootId) -> Result<Arc<LoopCloud>, Problem> {
+    LoopCloud::open(LoopOptions {
+        dir: config.loop_provider.dir.clone(),
+        trash_keep: config.loop_provider.trash_keep,
+        protect: config.protect.clone(),
+        most_disks: config.loop_provider.most_disks,
+        capacity: config.loop_provider.capacity,
+        boot,
+        host: host_id(boot)?,
+        read_only: config.read_only,
+    })
+    .map_err(|e| Problem::with("the loop provider", e))
+}
+
+/// The client that the configuration describes.
+pub fn cloudstack_client(config: &CloudStackConfig) -> Result<Client, Problem> {
+    let options = ClientOptions {
+        endpoint: config.endpoint.clone(),
+        credentials: config.credentials.clone(),
+        ca: config.ca.clone(),
+        signature: match config.signature {
+            SignatureHash::Auto => Signature::Auto,
+            SignatureHash::Sha1 => Signature::Sha1,
+            SignatureHash::Sha512 => Signature::Sha512,
+        },
+        timeout: config.timeout,
+        ..ClientOptions::default()
+    };
+    Client::new(options).map_err(|e| Problem::with("the CloudStack provider", e))
+}
+
+async fn cloudstack(config: &Config) -> Result<Arc<CloudStack>, Problem> {
+    let own = &config.cloudstack;
+    let client = cloudstack_client(own)?;
+    let host = whoami::find(own.host).await.map_err(Problem)?;
+    tracing::info!(endpoint = client.endpoint(), keys = client.source(), %host, "the CloudStack provider");
+    Ok(CloudStack::new(
+        client,
+        cloudstack::Options {
+            host: host.id,
+            zone: own.zone.clone(),
+            offering: own.offering.clone(),
+            project: own.project.clone(),
+            most_disks: own.most_disks,
+            recoverable_for: own.recoverable_for,
+            protect: config.protect.clone(),
+            late: own.late_answers,
+        },
+    ))
+}
+
+/// What a record belongs to beside itself.
+enum Instance {
+    /// A store of volumes: its own id.
+    Store(String),
+    /// A VM of a cloud.
+    Host(VmId),
+}
+
+/// A record belongs to one store of volumes, or to one VM. Another store, or an empty one below a
+/// mount point whose mount is missing, would make every volume look gone: refused. On another VM it
+/// is a copy that owns nothing: the tree is served, and nothing changed; the answer says why.
+fn same_provider(config: &Config, instance: &Instance) -> Result<Option<String>, Problem> {
     let path = config.state_dir.join("provider");
-    match std::fs::read_to_string(&path) {
-        Ok(known) if known.trim_end() == instance => Ok(()),
-        Ok(known) => Err(Problem(format!(
-            "{} is another loop store ({instance}) than the one this record was made with ({}): \
-             is its filesystem not mounted? ({} remembers)",
-            config.loop_provider.dir.display(),
-            known.trim_end(),
+    let now = match instance {
+        Instance::Store(id) => id.clone(),
+        Instance::Host(vm) => format!("cloudstack {vm}"),
+    };
+    let known = match std::fs::read_to_string(&path) {
+        Ok(known) => known.trim_end().to_owned(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !config.read_only => {
+            std::fs::write(&path, format!("{now}\n"))
+                .map_err(|e| Problem::with(format_args!("cannot write {}", path.display()), e))?;
+            return Ok(None);
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Problem::with(path.display(), error)),
+    };
+    match instance {
+        _ if known == now => Ok(None),
+        Instance::Host(vm) if known.starts_with("cloudstack ") => Ok(Some(format!(
+            "the record was made on {known}, and this host is VM {vm}: it is a copy, or the VM id is wrong; {} remembers",
             path.display()
         ))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !config.read_only => {
-            std::fs::write(&path, format!("{instance}\n"))
-                .map_err(|e| Problem::with(format_args!("cannot write {}", path.display()), e))
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(Problem::with(path.display(), error)),
+        Instance::Host(_) => Err(Problem(format!(
+            "the record in {} was made with the loop provider ({known}): take another state directory",
+            config.state_dir.display()
+        ))),
+        Instance::Store(_) => Err(Problem(format!(
+            "{} is another loop store ({now}) than the one this record was made with ({known}): is its filesystem not \
+             mounted? ({} remembers)",
+            config.loop_provider.dir.display(),
+            path.display()
+        ))),
     }
 }
 

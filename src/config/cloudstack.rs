@@ -16,6 +16,9 @@ const MOST_DISKS: u64 = 32;
 const RECOVERABLE_FOR: u64 = 86_400;
 /// Seconds that a call may last.
 const TIMEOUT: u64 = 30;
+/// Seconds between two looks before an unanswered call is believed to have done nothing (contract,
+/// Commands: the end of an operation).
+const LATE_ANSWERS: u64 = 60;
 
 /// Which hash signs requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -64,6 +67,8 @@ pub struct CloudStackConfig {
     pub recoverable_for: Duration,
     /// Deadline of a call, all its tries together.
     pub timeout: Duration,
+    /// How long a call that got no answer may still take effect.
+    pub late_answers: Duration,
 }
 
 /// `[cloudstack]` as it is written.
@@ -81,6 +86,7 @@ pub(super) struct FileCloudStack {
     most_disks: Option<Within<1, 256>>,
     recoverable_for: Option<Within<0, 315_360_000>>,
     timeout: Option<Within<3, 600>>,
+    late_answers: Option<Within<1, 3600>>,
 }
 
 /// An address without user, password and query: it is shown and logged.
@@ -181,6 +187,7 @@ impl CloudStackConfig {
         let recoverable =
             p.pick("cloudstack.recoverable_for", None, own.recoverable_for.map(|n| n.0), RECOVERABLE_FOR, seconds);
         let timeout = p.pick("cloudstack.timeout", None, own.timeout.map(|n| n.0), TIMEOUT, seconds);
+        let late = p.pick("cloudstack.late_answers", None, own.late_answers.map(|n| n.0), LATE_ANSWERS, seconds);
         Ok(Self {
             endpoint,
             credentials,
@@ -193,6 +200,7 @@ impl CloudStackConfig {
             most_disks: u32::try_from(most_disks).unwrap_or(u32::MAX),
             recoverable_for: Duration::from_secs(recoverable),
             timeout: Duration::from_secs(timeout),
+            late_answers: Duration::from_secs(late),
         })
     }
 }

@@ -94,6 +94,7 @@ fn the_cloud_is_described_by_its_own_table() {
         most_disks = 13
         recoverable_for = 3600
         timeout = 60
+        late_answers = 90
     "#;
     let c = with_file(text, &["mount"]).unwrap();
     assert_eq!(c.provider, Provider::Cloudstack);
@@ -109,6 +110,7 @@ fn the_cloud_is_described_by_its_own_table() {
         most_disks: 13,
         recoverable_for: Duration::from_secs(3600),
         timeout: Duration::from_secs(60),
+        late_answers: Duration::from_secs(90),
     };
     assert_eq!(c.cloudstack, wanted);
     let file = Source::File(c.file.clone().unwrap());

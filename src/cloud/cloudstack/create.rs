@@ -97,22 +97,34 @@ impl CloudStack {
         }
     }
 
+    /// The offering that was asked for, or configured, or the only one that takes any size.
     async fn offering(&self, new: &NewVolume) -> Result<OfferingRow, CloudError> {
-        let Some(id) = new.offering.as_deref().or(self.options.offering.as_deref()) else {
-            return Err(other("no disk offering: give offering=UUID, or set cloudstack.offering"));
-        };
-        let found: Vec<OfferingRow> =
-            self.client.list("listDiskOfferings", &[("id", id)], "diskoffering").await.map_err(said)?;
-        found
-            .into_iter()
-            .find(|row| row.id.to_string() == id)
-            .ok_or_else(|| other(format!("the cloud shows no disk offering {id}")))
+        let wanted = new.offering.as_deref().or(self.options.offering.as_deref());
+        let filter: Vec<_> = wanted.map(|id| ("id", id)).into_iter().collect();
+        let mut found: Vec<OfferingRow> =
+            self.client.list("listDiskOfferings", &filter, "diskoffering").await.map_err(said)?;
+        if let Some(id) = wanted {
+            let found = found.into_iter().find(|row| row.id.to_string() == id);
+            return found.ok_or_else(|| other(format!("the cloud shows no disk offering {id}")));
+        }
+        found.retain(|row| row.iscustomized);
+        match (found.pop(), found.pop()) {
+            (Some(one), None) => Ok(one),
+            (None, _) => Err(other("no disk offering takes any size: give offering=UUID, or set cloudstack.offering")),
+            (Some(one), Some(two)) => Err(other(format!(
+                "several disk offerings take any size, {} ({}) and {} ({}) among them: give offering=UUID, or set \
+                 cloudstack.offering",
+                one.id, one.name, two.id, two.name
+            ))),
+        }
     }
 
-    /// A zone by id or name.
+    /// The zone that was asked for, by id or name, or configured, or that of this host.
     async fn zone(&self, new: &NewVolume) -> Result<Uuid, CloudError> {
         let Some(wanted) = new.zone.as_deref().or(self.options.zone.as_deref()) else {
-            return Err(other("no zone: give zone=, or set cloudstack.zone"));
+            let host = self.vm_row(self.options.host).await?.and_then(|vm| vm.zoneid);
+            return host
+                .ok_or_else(|| other("the cloud does not show this host's zone: give zone=, or set cloudstack.zone"));
         };
         let zones: Vec<ZoneRow> =
             self.client.list("listZones", &[("available", "true")], "zone").await.map_err(said)?;

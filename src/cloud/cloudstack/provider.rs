@@ -51,9 +51,9 @@ const COMMANDS: &[&str] = &[
 pub struct Options {
     /// This host's own VM id.
     pub host: VmId,
-    /// Default zone, by id or name.
+    /// Default zone, by id or name; `None`: this host's.
     pub zone: Option<String>,
-    /// Default disk offering's id.
+    /// Default disk offering's id; `None`: the only one that takes any size.
     pub offering: Option<String>,
     /// The project that the volumes are in.
     pub project: Option<String>,
@@ -216,7 +216,7 @@ impl CloudStack {
         Ok(found)
     }
 
-    async fn vm_row(&self, vm: VmId) -> Result<Option<VmRow>, CloudError> {
+    pub(super) async fn vm_row(&self, vm: VmId) -> Result<Option<VmRow>, CloudError> {
         let id = vm.to_string();
         let mut params = vec![("id", id.as_str()), ("details", "min")];
         match &self.options.project {

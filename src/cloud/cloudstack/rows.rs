@@ -51,6 +51,7 @@ pub(super) struct VmRow {
     pub id: Uuid,
     #[serde(default)]
     pub state: String,
+    pub zoneid: Option<Uuid>,
 }
 
 /// A row of listZones.
