@@ -13,7 +13,7 @@ use crate::hypervisor::OverQmp;
 use crate::machine::{Bus, Machine};
 
 /// Where the tree is in the guest.
-pub const ROOT: &str = "/run/volfs";
+const ROOT: &str = "/run/volfs";
 const JOB: &str = "job";
 
 /// A cloud with a host on which volfs runs; the cloud goes first, and switches the machine off.
