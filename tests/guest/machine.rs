@@ -201,7 +201,8 @@ impl Machine {
     /// QEMU has taken it: the guest sees it later.
     pub fn plug(&self, id: &str, file: &Path, size: u64, serial: &str) -> Result<(), String> {
         let there = fs::metadata(file).map_err(|e| format!("{}: {e}", file.display()))?.len();
-        let image = json!({"driver": "file", "filename": file, "aio": "threads"});
+        // Shared storage has no locks of its own: one volume may be plugged twice.
+        let image = json!({"driver": "file", "filename": file, "locking": "off"});
         let mut node = json!({"driver": "raw", "node-name": id, "file": image});
         // Said only where it is not the file's own: a node whose size was said cannot grow.
         if size != there {

@@ -1,6 +1,9 @@
 //! The main job in a real guest: provision, write, detach, and never another volume's bytes.
 
 use std::collections::HashSet;
+use std::fs::File;
+
+use fakecloud::{Effect, Fault, Kind, Moment};
 
 use crate::have;
 use crate::machine::{Bus, PATIENCE};
@@ -9,7 +12,8 @@ use crate::site::{FILL, Site};
 /// Bytes that each volume is filled with.
 const LENGTH: usize = 256 << 10;
 
-/// Two volumes swap their names; each has its own bytes under either, also as the cloud's storage has it.
+/// Two volumes swap their names, and one gets a name that the other has just freed: each has its own
+/// bytes under either, also as the cloud's storage has it.
 fn a_name_is_not_an_identity(bus: Bus) {
     let site = Site::start(bus);
     let volumes = site.job(&["one", "two"]);
@@ -33,20 +37,29 @@ fn a_name_is_not_an_identity(bus: Bus) {
     site.ok("echo 'resize 2G' > disks/one/control");
     assert_eq!(site.ok("blockdev --getsize64 disks/one/block"), (2u64 << 30).to_string());
     site.ok("echo detach > control");
+    let first = site.node(1);
+    for (disk, volume, other) in [("one", &volumes[0], "two"), ("two", &volumes[1], "one")] {
+        site.ok(&format!("echo attach > disks/{disk}/control"));
+        assert_eq!(site.ok(&format!("cat disks/{disk}/device; head -n 1 {first}")), format!("{first}\n{volume}"));
+        assert!(site.ok(&format!("readlink $R/devices/{}", first.rsplit('/').next().unwrap())).ends_with(volume));
+        // The path of the one before says so instead of showing this one's bytes.
+        site.refused(&format!("head -c 1 disks/{other}/block"), "No such");
+        site.ok(&format!("echo detach > disks/{disk}/control"));
+    }
     for volume in &volumes {
         site.holds(volume, LENGTH).unwrap();
     }
 }
 
 #[test]
-fn d1_c3_c4_a_name_is_not_an_identity_by_virtio_blk() {
+fn d1_d2_c3_c4_a_name_is_not_an_identity_by_virtio_blk() {
     if have() {
         a_name_is_not_an_identity(Bus::VirtioBlk);
     }
 }
 
 #[test]
-fn d1_c3_c4_a_name_is_not_an_identity_by_virtio_scsi() {
+fn d1_d2_c3_c4_a_name_is_not_an_identity_by_virtio_scsi() {
     if have() {
         a_name_is_not_an_identity(Bus::VirtioScsi);
     }
@@ -147,41 +160,6 @@ fn d4_a_pinned_number_is_not_used_again_by_virtio_scsi() {
     }
 }
 
-/// A freed name is the next volume's, and nothing of the one before is left under it.
-fn a_freed_name_is_another_volume(bus: Bus) {
-    let site = Site::start(bus);
-    let volumes = site.job(&["one", "two"]);
-    let first = site.node(1);
-    for (disk, volume) in ["one", "two"].iter().zip(&volumes) {
-        site.ok(&format!("{FILL}; echo attach > disks/{disk}/control && fill {volume} {LENGTH} disks/{disk}/block"));
-        assert_eq!(site.ok(&format!("cat disks/{disk}/device")), first);
-        assert!(site.ok(&format!("readlink $R/devices/{}", first.rsplit('/').next().unwrap())).ends_with(volume));
-        site.ok(&format!("echo detach > disks/{disk}/control"));
-    }
-    let both = "echo attach > disks/one/control && echo detach > disks/one/control && echo attach > disks/two/control";
-    site.ok(both);
-    // The path of the one before says so instead of showing the other's bytes.
-    site.refused("head -c 1 disks/one/block", "No such");
-    assert_eq!(site.ok(&format!("head -n 1 {first}; head -n 1 disks/two/block")), format!("{0}\n{0}", volumes[1]));
-    for volume in &volumes {
-        site.holds(volume, LENGTH).unwrap();
-    }
-}
-
-#[test]
-fn d2_a_freed_name_is_another_volume_by_virtio_blk() {
-    if have() {
-        a_freed_name_is_another_volume(Bus::VirtioBlk);
-    }
-}
-
-#[test]
-fn d2_a_freed_name_is_another_volume_by_virtio_scsi() {
-    if have() {
-        a_freed_name_is_another_volume(Bus::VirtioScsi);
-    }
-}
-
 /// The hypervisor would pull it all the same (kernel fact 19): the cloud must not even be asked.
 fn in_use_is_not_detached(bus: Bus) {
     let site = Site::start(bus);
@@ -273,4 +251,80 @@ fn c2_the_disk_that_carries_the_guest_cannot_be_claimed() {
     site.refused(&format!("echo 'claim {root}' > control"), "Operation not permitted");
     assert!(site.cloud.volume(&root).unwrap().tags.is_empty());
     assert_eq!(site.cloud.calls("createTags"), 0);
+}
+
+/// The reset comes while the cloud's job is still running: the journal alone knows of it.
+#[test]
+fn c3_an_attach_that_a_power_cut_interrupted_is_finished_and_not_begun_again() {
+    if !have() {
+        return;
+    }
+    let site = Site::start(Bus::VirtioBlk);
+    let volume = site.job(&["one"]).remove(0);
+    site.cloud.fault(Fault::new("attachVolume", Kind::JobHangs(Moment::Working)));
+    drop(site.machine.start("echo attach > /run/volfs/jobs/job/disks/one/control"));
+    assert!(site.cloud.wait_for(PATIENCE, |cloud| !cloud.held_jobs().is_empty()), "{}", site.words());
+    site.machine.reset();
+    site.serve();
+    assert_eq!(site.ok("cat disks/one/status"), "attaching");
+    site.refused("cat disks/one/device", "No such device");
+    site.cloud.release_jobs();
+    site.until("[ $(cat disks/one/status) = attached ]");
+    assert_eq!((site.cloud.calls("attachVolume"), site.cloud.effects(Effect::Attached, Some(&volume))), (1, 1));
+    site.ok(&format!("{FILL}; fill {volume} {LENGTH} disks/one/block && echo detach > control"));
+    site.holds(&volume, LENGTH).unwrap();
+}
+
+/// The i440fx has 31 slots; others than the cloud fill them.
+#[test]
+fn e11_a_machine_without_a_free_slot_is_no_space_and_nothing_is_left_half_done() {
+    if !have() {
+        return;
+    }
+    let site = Site::start(Bus::VirtioBlk);
+    site.job(&["one"]);
+    let dir = tempfile::tempdir().unwrap();
+    let mut foreign = Vec::new();
+    let full = loop {
+        let id = format!("foreign-{}", foreign.len());
+        let file = dir.path().join(&id);
+        File::create(&file).unwrap().set_len(1 << 20).unwrap();
+        match site.machine.plug(&id, &file, 1 << 20, &id) {
+            Ok(()) => foreign.push(id),
+            Err(words) => break words,
+        }
+    };
+    assert!(full.contains("No more available PCI slots") && foreign.len() > 20, "{full} after {foreign:?}");
+    site.refused("echo attach > disks/one/control", "No space left on device");
+    assert!(site.ok("cat disks/one/error").contains("No more available PCI slots"));
+    assert_eq!(site.ok("cat disks/one/status"), "detached");
+    assert!(site.cloud.data_volumes().iter().all(|v| v.vm.is_none()));
+    site.until(&format!("[ -b {} ]", site.node(u8::try_from(foreign.len()).unwrap())));
+    site.machine.unplug(&foreign[7]).unwrap();
+    site.ok("echo attach > disks/one/control && [ -b $(cat disks/one/device) ]");
+}
+
+/// The cloud's book says free, the machine has the disk: what is left when a management server dies
+/// in an attach (page 4.4). And a second disk of the same serial.
+#[test]
+fn v8_e14_a_disk_that_should_not_be_there_is_a_conflict_until_it_is_gone() {
+    if !have() {
+        return;
+    }
+    let site = Site::start(Bus::VirtioBlk);
+    let volume = site.job(&["one"]).remove(0);
+    let host = site.cloud.host();
+    site.cloud.plug_device(&volume, &host, 1).unwrap();
+    site.until("[ $(cat disks/one/status) = conflict ]");
+    site.refused("cat disks/one/device", "No such device");
+    site.refused("echo attach > disks/one/control", "Device or resource busy");
+    assert_eq!(site.cloud.calls("attachVolume"), 0);
+    site.cloud.pull_device(&volume).unwrap();
+    site.until("[ $(cat disks/one/status) = detached ]");
+
+    site.ok("echo attach > disks/one/control");
+    site.cloud.plug_device(&volume, &host, 2).unwrap();
+    site.until("[ $(cat disks/one/status) = conflict ]");
+    site.refused("cat disks/one/block", "No such");
+    assert!(site.ok("cat $R/problems").contains(&volume));
 }
