@@ -20,7 +20,7 @@ use crate::initramfs;
 use crate::qmp::Qmp;
 
 /// Longest time a guest is waited for: ten times what an idle machine with two cores needs.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 /// As CloudStack's `wait.detach.device`, which is 10 s, for an emulated processor.
 const UNPLUG_WITHIN: Duration = Duration::from_secs(30);
 /// Slots of the PCI bus, or targets of the SCSI controller, for disks that are there from the start:
