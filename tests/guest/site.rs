@@ -107,12 +107,15 @@ impl Site {
         assert!(said.status != 0 && said.out.contains(errno), "`{script}`: {said:?}, not {errno}\n{}", self.words());
     }
 
-    /// Makes the job with disks of 1 GiB each; their volumes' ids.
+    /// Makes the job with disks of 1 GiB each, side by side; their volumes' ids in this order.
     #[track_caller]
     pub fn job(&self, disks: &[&str]) -> Vec<String> {
         self.ok(&format!("mkdir $R/jobs/{JOB}"));
-        let make = |disk: &&str| self.ok(&format!("echo create {disk} 1G > control && readlink disks/{disk}"));
-        disks.iter().map(make).map(|link| link.rsplit('/').next().unwrap_or_default().to_owned()).collect()
+        let disks = disks.join(" ");
+        let links = self.ok(&format!(
+            "for d in {disks}; do echo create $d 1G > control & done; wait; cd disks; for d in {disks}; do readlink $d; done"
+        ));
+        links.lines().map(|link| link.rsplit('/').next().unwrap_or_default().to_owned()).collect()
     }
 
     /// Waits until a condition of the shell holds in the guest.
