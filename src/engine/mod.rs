@@ -43,6 +43,7 @@ mod start;
 #[cfg(test)]
 mod tests;
 pub mod ticket;
+mod views;
 mod volume;
 pub mod world;
 

@@ -14,12 +14,12 @@ use super::Engine;
 use super::core::Core;
 use super::reconcile::{CloudView, Finding, Recorded, Rules, settle};
 use super::volume::{Unmapped, facts, mapping_row, show_facts};
-use super::world::{Component, Mapping, Unclaimed, VmView, Volume, World};
+use super::world::{Component, Mapping, Volume, World};
 use crate::cloud::{CloudError, CloudVolume, Survey};
 use crate::devices::DevicesError;
 use crate::error::Error;
 use crate::failpoint;
-use crate::model::{Disk, DiskRow, Fence, Status, Timestamp, VmId, VolumeId};
+use crate::model::{Disk, DiskRow, Status, Timestamp, VmId, VolumeId};
 use crate::store::{Change, MappingRow};
 
 /// What looking at one volume has found, not yet recorded.
@@ -32,11 +32,7 @@ struct Settled {
 }
 
 /// Intervals without an answer of the cloud, after which its last one is no truth any more.
-const VIEW_LIVES: u32 = 3;
-
-/// How long, and how many at a time, creates without an outcome are looked for.
-const TWINS_LIVE: Duration = Duration::from_secs(24 * 3600);
-const TWINS: usize = 8;
+pub(super) const VIEW_LIVES: u32 = 3;
 
 fn not_settled(volume: &Volume) -> Error {
     let why = volume.why.as_deref().unwrap_or("nobody can tell").into();
@@ -354,11 +350,7 @@ impl Engine {
         let host = self.host;
         let record = self.record;
         // A survey of its own: what fails for another VM says nothing about our volumes.
-        let named: Vec<VmId> = world.vms.keys().copied().collect();
-        let on_vms = match named.is_empty() {
-            true => Ok(Vec::new()),
-            false => self.cloud.survey(&Survey { vms: named, ..Survey::default() }).await,
-        };
+        let on_vms = self.on_named_vms(&world).await;
         let listed = on_vms.as_ref().map(|_| ()).map_err(|e| Error::CloudUnreachable {
             what: "listing the volumes of other VMs".into(),
             words: e.to_string(),
@@ -368,8 +360,8 @@ impl Engine {
             core.world.health.reconciler = Component::Ok;
             let mut volumes = answer.unwrap_or_default();
             match on_vms {
-                Ok(on_vms) => {
-                    core.show_vms(&on_vms, at);
+                Ok((told, on_vms)) => {
+                    core.show_vms(&told, &on_vms, at);
                     let known: BTreeSet<VolumeId> = volumes.iter().map(|v| v.id).collect();
                     volumes.extend(on_vms.into_iter().filter(|v| !known.contains(&v.id)));
                 }
@@ -506,12 +498,6 @@ impl Engine {
 }
 
 impl Core {
-    /// The creates without an outcome that are young enough to still come to light.
-    fn late_twins(&mut self, now: Timestamp) -> Vec<Fence> {
-        self.twins.retain(|(_, ended)| ended.plus(TWINS_LIVE) > now);
-        self.twins.iter().rev().take(TWINS).map(|(fence, _)| *fence).collect()
-    }
-
     fn show(&mut self, s: Settled, recorded: bool, at: Timestamp) {
         let Settled { before, finding, seen, mapping, changes } = s;
         if finding.drift {
@@ -543,68 +529,5 @@ impl Core {
                 v.recorded = finding.status;
             }
         });
-    }
-
-    fn show_vms(&mut self, volumes: &[CloudVolume], at: Timestamp) {
-        let named: Vec<VmId> = self.world.vms.keys().copied().collect();
-        for vm in named {
-            let mut on: Vec<VolumeId> =
-                volumes.iter().filter(|v| v.attached.is_some_and(|a| a.vm == vm)).map(|v| v.id).collect();
-            on.sort();
-            self.world.vms.insert(vm, Arc::new(VmView { volumes: on, seen: Some(at), stale: false }));
-        }
-    }
-
-    fn age_views(&mut self, at: Timestamp, interval: Duration) {
-        let named: Vec<(VmId, Arc<VmView>)> = self.world.vms.iter().map(|(k, v)| (*k, v.clone())).collect();
-        for (vm, view) in named {
-            let stale = view.seen.is_none_or(|seen| seen.plus(interval * VIEW_LIVES) < at);
-            if stale != view.stale {
-                self.world.vms.insert(vm, Arc::new(VmView { stale, ..(*view).clone() }));
-            }
-        }
-    }
-
-    fn show_unclaimed(
-        &mut self,
-        volumes: Vec<CloudVolume>,
-        disks: &[Disk],
-        host: VmId,
-        record: crate::model::RecordId,
-        at: Timestamp,
-    ) {
-        let mut now = imbl::OrdMap::new();
-        for cloud in volumes {
-            if self.world.by_uuid.contains_key(&cloud.id) || self.claiming.contains(&cloud.id) {
-                continue;
-            }
-            let reason = match (cloud.attached, cloud.mark) {
-                (Some(a), _) if a.vm == host => "attached to this host, in no job".to_owned(),
-                (Some(a), _) if self.world.vms.contains_key(&a.vm) => format!("attached to VM {}, in no job", a.vm),
-                (_, Some(mark)) if mark.record == record => "carries this record's mark, in no job".to_owned(),
-                _ if self.loose.contains(&cloud.id) => "in this record, in no job".to_owned(),
-                _ if cloud.name.starts_with("volfs-") && !self.twins.is_empty() => {
-                    "made by a create whose answer never came, in no job".to_owned()
-                }
-                _ => continue,
-            };
-            let disk = disks.iter().find(|d| d.identity.names(cloud.id));
-            let old = self.world.unclaimed.get(&cloud.id);
-            let since = old.map_or(at, |o| o.since);
-            now.insert(
-                cloud.id,
-                Arc::new(Unclaimed {
-                    device: disk.map(|d| d.name.clone()),
-                    serial: disk.map_or_else(|| "".into(), |d| d.identity.text().into()),
-                    cloud: Arc::new(cloud),
-                    reason: reason.into(),
-                    since,
-                }),
-            );
-        }
-        if now.len() != self.world.unclaimed.len() || now.keys().any(|k| !self.world.unclaimed.contains_key(k)) {
-            self.world.listed_at = at;
-        }
-        self.world.unclaimed = now;
     }
 }

@@ -266,6 +266,13 @@ impl Run {
     }
 }
 
+/// The command's Java class, as jobs show it.
+fn class(command: &str) -> String {
+    let package = ["Snapshot", "Tag"].into_iter().find(|word| command.contains(word)).unwrap_or("Volume");
+    let (first, rest) = command.split_at(1);
+    format!("org.apache.cloudstack.api.command.user.{}.{}{rest}Cmd", package.to_lowercase(), first.to_uppercase())
+}
+
 /// What queryAsyncJobResult answers (3.1).
 pub(crate) fn shown(world: &World, job: &Job) -> Value {
     let account = world.accounts.iter().find(|a| a.name == job.account);
@@ -273,7 +280,7 @@ pub(crate) fn shown(world: &World, job: &Job) -> Value {
     let mut shown = json!({
         "accountid": id,
         "userid": id,
-        "cmd": format!("org.apache.cloudstack.api.command.user.{}Cmd", job.command),
+        "cmd": class(&job.command),
         "jobid": job.id,
         "jobstatus": job.status,
         "jobprocstatus": 0,

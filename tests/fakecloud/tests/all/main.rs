@@ -3,6 +3,13 @@
 // A helper of tests that cannot go on is a failed test.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
+mod behind;
 mod client;
+mod faults;
+mod jobs;
 mod loops;
+mod refusals;
+mod requests;
+mod snapshots;
+mod tags;
 mod volumes;

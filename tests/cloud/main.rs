@@ -1,0 +1,10 @@
+//! volfs over a fake CloudStack: real HTTP on loopback, and real loop devices as what is attached.
+//!
+//! Names begin with a rule's number of the contract, `predecessor_NN_`, or the suite's word.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
+
+#[path = "../tree/common.rs"]
+mod common;
+mod main_job;
+mod site;
