@@ -246,7 +246,7 @@ fn c2_the_disk_that_carries_the_guest_cannot_be_claimed() {
         return;
     }
     let site = Site::start(Bus::VirtioBlk);
-    site.ok("mkdir $R/jobs/job");
+    site.mkdir();
     let root = site.cloud.on_vm(&site.cloud.host())[0].id.clone();
     site.refused(&format!("echo 'claim {root}' > control"), "Operation not permitted");
     assert!(site.cloud.volume(&root).unwrap().tags.is_empty());

@@ -107,10 +107,18 @@ impl Site {
         assert!(said.status != 0 && said.out.contains(errno), "`{script}`: {said:?}, not {errno}\n{}", self.words());
     }
 
+    /// Makes the job. The contract gives the record's commit one second, then EIO and nothing has
+    /// happened: too little at times for an emulated processor that has just booted.
+    #[track_caller]
+    pub fn mkdir(&self) {
+        self.until(&format!("mkdir $R/jobs/{JOB} 2> /tmp/why || ! grep -q 'Input/output error' /tmp/why"));
+        self.ok(&format!("[ -d $R/jobs/{JOB} ] || cat /tmp/why"));
+    }
+
     /// Makes the job with disks of 1 GiB each, side by side; their volumes' ids in this order.
     #[track_caller]
     pub fn job(&self, disks: &[&str]) -> Vec<String> {
-        self.ok(&format!("mkdir $R/jobs/{JOB}"));
+        self.mkdir();
         let disks = disks.join(" ");
         let links = self.ok(&format!(
             "for d in {disks}; do echo create $d 1G > control & done; wait; cd disks; for d in {disks}; do readlink $d; done"
