@@ -127,7 +127,7 @@ fn a_pinned_number_is_not_used_again(bus: Bus) {
     site.cloud.admin_detach(one).unwrap();
     site.machine.ok(&format!("until [ ! -e {first} ]; do usleep 20000; done"));
     site.cloud.admin_attach(two, &site.cloud.host()).unwrap();
-    site.machine.ok(&format!("until [ -e {second} ]; do usleep 20000; done; [ ! -e {first} ]"));
+    site.machine.ok(&format!("until [ -e {first} ] || [ -e {second} ]; do usleep 20000; done; [ ! -e {first} ]"));
     assert_ne!(number(&second), pinned);
     site.machine.ok("kill -CONT $(pidof volfs)");
 
