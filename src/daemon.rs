@@ -4,6 +4,9 @@
 //! Stop: no new commands, parked callers answered, the mount away, then the rest. What runs in the
 //! provider goes on or is settled at the next start; the journal knows it.
 
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -214,7 +217,7 @@ fn same_provider(config: &Config, instance: &Instance) -> Result<Option<String>,
     let known = match std::fs::read_to_string(&path) {
         Ok(known) => known.trim_end().to_owned(),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && !config.read_only => {
-            std::fs::write(&path, format!("{now}\n"))
+            keep(&path, &format!("{now}\n"))
                 .map_err(|e| Problem::with(format_args!("cannot write {}", path.display()), e))?;
             return Ok(None);
         }
@@ -237,6 +240,20 @@ fn same_provider(config: &Config, instance: &Instance) -> Result<Option<String>,
             config.loop_provider.dir.display(),
             path.display()
         ))),
+    }
+}
+
+/// Makes a file so that a power cut leaves it whole or not there: an empty one would be another
+/// provider's for ever after.
+fn keep(path: &Path, text: &str) -> io::Result<()> {
+    let beside = path.with_extension("new");
+    let mut file = File::create(&beside)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(&beside, path)?;
+    match path.parent() {
+        Some(dir) => File::open(dir)?.sync_all(),
+        None => Ok(()),
     }
 }
 
