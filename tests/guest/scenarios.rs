@@ -262,7 +262,7 @@ fn c3_an_attach_that_a_power_cut_interrupted_is_finished_and_not_begun_again() {
     let site = Site::start(Bus::VirtioBlk);
     let volume = site.job(&["one"]).remove(0);
     site.cloud.fault(Fault::new("attachVolume", Kind::JobHangs(Moment::Working)));
-    drop(site.machine.start("echo attach > /run/volfs/jobs/job/disks/one/control"));
+    let _ = site.machine.start("echo attach > /run/volfs/jobs/job/disks/one/control");
     assert!(site.cloud.wait_for(PATIENCE, |cloud| !cloud.held_jobs().is_empty()), "{}", site.words());
     site.machine.reset();
     site.serve();
