@@ -11,3 +11,4 @@ mod killed;
 mod lane;
 mod main_job;
 mod site;
+mod snapshots;
