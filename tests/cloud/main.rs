@@ -7,6 +7,7 @@
 #[path = "../tree/common.rs"]
 mod common;
 mod faults;
+mod identity;
 mod killed;
 mod lane;
 mod main_job;
