@@ -31,6 +31,16 @@ const AT_ONCE: usize = 4;
 const IDS: usize = 100;
 /// Between looks at a volume whose job says nothing.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(2);
+/// The commands that only look.
+const READS: &[&str] = &[
+    "listAsyncJobs",
+    "listDiskOfferings",
+    "listSnapshots",
+    "listVirtualMachines",
+    "listVolumes",
+    "listZones",
+    "queryAsyncJobResult",
+];
 /// Every command whose job may be left behind by a crash.
 const COMMANDS: &[&str] = &[
     "createVolume",
@@ -45,6 +55,11 @@ const COMMANDS: &[&str] = &[
     "revertSnapshot",
     "deleteSnapshot",
 ];
+
+/// The commands that volfs cannot do without: the role of its keys must allow each.
+pub fn commands() -> impl Iterator<Item = &'static str> {
+    READS.iter().chain(COMMANDS).copied()
+}
 
 /// How the provider is set up.
 #[derive(Debug, Clone)]
