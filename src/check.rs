@@ -1,5 +1,6 @@
 //! `volfs check`: what would be used, and whether each part is there. It changes nothing.
 
+use std::borrow::Cow;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -12,8 +13,33 @@ use crate::config::{Config, Problem, Provider};
 use crate::start::{self, FS_TYPE};
 use crate::store;
 
+mod cloudstack;
+
 /// A part that is there, in a sentence; or what is missing and what to do.
 type Part = Result<String, String>;
+
+/// What is said of a part.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// It is there.
+    Good(String),
+    /// volfs runs, but something will be in the way, or cannot be told.
+    Warning(String),
+    /// volfs cannot work like this.
+    Missing(String),
+}
+
+impl From<Part> for Verdict {
+    fn from(part: Part) -> Self {
+        match part {
+            Ok(words) => Verdict::Good(words),
+            Err(words) => Verdict::Missing(words),
+        }
+    }
+}
+
+/// A line's name and what it says.
+type Line = (Cow<'static, str>, Verdict);
 
 /// Shows the values in use, tries each part, and fails if one is missing.
 pub fn run(config: &Config) -> Result<(), Problem> {
@@ -30,8 +56,9 @@ pub fn run(config: &Config) -> Result<(), Problem> {
     }
     for (name, part) in parts(config) {
         match part {
-            Ok(words) => say(format!("ok      {name}: {words}"))?,
-            Err(words) => {
+            Verdict::Good(words) => say(format!("ok      {name}: {words}"))?,
+            Verdict::Warning(words) => say(format!("warning {name}: {words}"))?,
+            Verdict::Missing(words) => {
                 missing += 1;
                 say(format!("MISSING {name}: {words}"))?;
             }
@@ -43,8 +70,8 @@ pub fn run(config: &Config) -> Result<(), Problem> {
     }
 }
 
-fn parts(config: &Config) -> Vec<(&'static str, Part)> {
-    let mut parts = vec![
+fn parts(config: &Config) -> Vec<Line> {
+    let here = [
         ("root", root()),
         ("fuse", opens("/dev/fuse", "the kernel's FUSE: modprobe fuse")),
         ("fuse timeout", fuse_timeout(Path::new("/proc/sys/fs/fuse"))),
@@ -55,13 +82,15 @@ fn parts(config: &Config) -> Vec<(&'static str, Part)> {
         ("diskseq", diskseq(Path::new("/sys/block"))),
         ("group", Ok(format!("{} (gid {})", config.group.name, config.group.gid))),
     ];
+    let mut lines: Vec<Line> = here.into_iter().map(|(name, part)| (name.into(), part.into())).collect();
     match config.provider {
         Provider::Loop => {
-            parts.push(("loop devices", opens("/dev/loop-control", "the kernel's loop driver: modprobe loop")));
+            let part = opens("/dev/loop-control", "the kernel's loop driver: modprobe loop");
+            lines.push(("loop devices".into(), part.into()));
         }
-        Provider::Cloudstack => {}
+        Provider::Cloudstack => lines.extend(cloudstack::lines(config)),
     }
-    parts
+    lines
 }
 
 fn root() -> Part {

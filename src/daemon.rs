@@ -178,14 +178,19 @@ pub fn cloudstack_client(config: &CloudStackConfig) -> Result<Client, Problem> {
 }
 
 async fn cloudstack(config: &Config) -> Result<Arc<CloudStack>, Problem> {
-    let own = &config.cloudstack;
-    let client = cloudstack_client(own)?;
-    let host = whoami::find(own.host).await.map_err(Problem)?;
+    let client = cloudstack_client(&config.cloudstack)?;
+    let host = whoami::find(config.cloudstack.host).await.map_err(Problem)?;
     tracing::info!(endpoint = client.endpoint(), keys = client.source(), %host, "the CloudStack provider");
-    Ok(CloudStack::new(
+    Ok(cloudstack_provider(config, client, host.id))
+}
+
+/// The provider that the configuration describes, on the VM `host`. Asks nothing.
+pub fn cloudstack_provider(config: &Config, client: Client, host: VmId) -> Arc<CloudStack> {
+    let own = &config.cloudstack;
+    CloudStack::new(
         client,
         cloudstack::Options {
-            host: host.id,
+            host,
             zone: own.zone.clone(),
             offering: own.offering.clone(),
             project: own.project.clone(),
@@ -194,7 +199,7 @@ async fn cloudstack(config: &Config) -> Result<Arc<CloudStack>, Problem> {
             protect: config.protect.clone(),
             late: own.late_answers,
         },
-    ))
+    )
 }
 
 /// What a record belongs to beside itself.

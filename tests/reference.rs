@@ -1,12 +1,14 @@
-//! contrib/man/volfs.5.md against the code: what the page lists is what is built.
+//! contrib/man/*.5.md against the code: what the pages list is what is built.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::io::Write;
 
 use volfs::command::Place;
 use volfs::config::Cli;
 use volfs::model::{Status, Verb};
 
+const CLOUDSTACK: &str = include_str!("../contrib/man/volfs-cloudstack.5.md");
 const PAGE: &str = include_str!("../contrib/man/volfs.5.md");
 
 fn section(name: &str) -> &'static str {
@@ -95,4 +97,30 @@ fn every_configuration_key_is_there_with_its_default() {
         let value = &config.settings.iter().find(|s| s.name == key).unwrap().value;
         assert!(row.contains(default) && value.starts_with(default), "{key}: {row} {value}");
     }
+}
+
+#[test]
+fn every_key_of_the_cloudstack_provider_is_there_with_its_default() {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    writeln!(file, "provider = \"cloudstack\"").unwrap();
+    let path = file.path().to_str().unwrap();
+    let (_, config) = Cli::from_args(["volfs", "mount", "--config", path].map(OsString::from)).unwrap();
+    let listed: BTreeSet<&str> =
+        CLOUDSTACK.lines().filter_map(|l| l.strip_prefix("| cloudstack.")?.split(" |").next()).collect();
+    let settings: Vec<_> =
+        config.settings.iter().filter_map(|s| Some((s.name.strip_prefix("cloudstack.")?, &s.value))).collect();
+    assert_eq!(listed, settings.iter().map(|(name, _)| *name).collect());
+    for (key, value) in settings.iter().filter(|(key, _)| *key != "credentials") {
+        let row = CLOUDSTACK.lines().find(|l| l.starts_with(&format!("| cloudstack.{key} |"))).unwrap();
+        let default = row.split(" | ").nth(1).unwrap();
+        assert_eq!(default, value.trim_end_matches(" s"), "{key}");
+    }
+}
+
+#[test]
+fn every_command_of_the_cloud_that_is_needed_is_there() {
+    let (_, after) = CLOUDSTACK.split_once("# PERMISSIONS").unwrap();
+    let listed: BTreeSet<&str> =
+        after.lines().filter_map(|l| l.strip_prefix("    ")).flat_map(str::split_whitespace).collect();
+    assert_eq!(listed, volfs::cloud::cloudstack::commands().collect());
 }

@@ -43,6 +43,17 @@ pub(super) fn prove(host: VmId, volumes: &[CloudVolume], disks: &[Disk]) -> Proo
     }
 }
 
+/// Whether this kernel has the root disk that the cloud shows of VM `host`.
+///
+/// # Errors
+/// Why not, in words.
+pub fn is_here(host: VmId, volumes: &[CloudVolume], disks: &[Disk]) -> Result<(), Arc<str>> {
+    match prove(host, volumes, disks) {
+        Proof::Contradicted(why) => Err(why),
+        Proof::NotNeeded | Proof::Unseen | Proof::Proved => Ok(()),
+    }
+}
+
 impl Engine {
     /// What a round has seen of this host.
     pub(super) fn seen_host(&self, volumes: &[CloudVolume], disks: &[Disk]) {

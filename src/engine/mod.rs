@@ -49,6 +49,7 @@ mod volume;
 pub mod world;
 
 pub use events::Events;
+pub use host::is_here;
 pub use ticket::Ticket;
 pub use world::World;
 

@@ -48,6 +48,26 @@ impl Site {
         Volfs::prepare(env, &config(&self.cloud, self.keys.path(), host, more))
     }
 
+    /// The file of the keys.
+    pub fn keys_file(&self) -> std::path::PathBuf {
+        self.keys.path().join("keys")
+    }
+
+    /// Another configuration for the next start: `more`, and another offering than the custom one.
+    pub fn configure(&self, more: &str, offering: Option<&str>) {
+        let mut text = config(&self.cloud, self.keys.path(), &self.cloud.host(), more);
+        if let Some(id) = offering {
+            text = text.replace(&custom(&self.cloud), id);
+        }
+        fs::write(self.volfs.scratch("config.toml"), text).unwrap();
+    }
+
+    /// The same as at first, but on the VM `host`.
+    pub fn configure_host(&self, host: &str) {
+        let text = config(&self.cloud, self.keys.path(), host, "");
+        fs::write(self.volfs.scratch("config.toml"), text).unwrap();
+    }
+
     /// A job with new disks of `size`, detached; their ids in order.
     #[track_caller]
     pub fn job(&self, job: &str, disks: &[&str], size: &str) -> Vec<String> {
@@ -121,14 +141,17 @@ pub fn bound_to(file: &Path) -> Vec<String> {
     found
 }
 
+fn custom(cloud: &FakeCloud) -> String {
+    cloud.offerings().into_iter().find(|o| o.name == "custom").expect("a custom offering").id
+}
+
 fn config(cloud: &FakeCloud, keys: &Path, host: &str, more: &str) -> String {
     // A test's own word counts.
     let late = if more.contains("late_answers") { "" } else { "late_answers = 2\n" };
-    let custom = cloud.offerings().into_iter().find(|o| o.name == "custom").expect("a custom offering");
     format!(
         "provider = \"cloudstack\"\nreconcile_interval = 5\n[cloudstack]\ncredentials = \"{}/keys\"\nhost = \"{host}\"\n\
          offering = \"{}\"\nsignature = \"sha1\"\n{late}{more}\n",
         keys.display(),
-        custom.id
+        custom(cloud)
     )
 }

@@ -72,6 +72,8 @@ struct Inner {
     timeout: Duration,
     page: AtomicUsize,
     pace: Pace,
+    /// Seconds by which the server's clock was ahead when an answer last said its time.
+    ahead: Mutex<Option<i64>>,
 }
 
 /// Pauses between tries.
@@ -173,12 +175,24 @@ impl Client {
             timeout: options.timeout,
             page: AtomicUsize::new(list::PAGE),
             pace,
+            ahead: Mutex::new(None),
         })))
     }
 
     /// The API's address.
     pub fn endpoint(&self) -> &str {
         self.0.transport.endpoint()
+    }
+
+    /// Whether others on the way can read and change what is said: HTTP to another machine.
+    pub fn is_open(&self) -> bool {
+        self.0.transport.is_open()
+    }
+
+    /// Seconds by which the server's clock was ahead of this one when it last said its time; `None`
+    /// if it never did: most servers send no `Date` (page 1.3).
+    pub fn clock_ahead(&self) -> Option<i64> {
+        *self.0.ahead.lock()
     }
 
     /// Where the keys come from, in words.
@@ -299,6 +313,9 @@ impl Client {
         let reply = self.0.transport.post(sign::body(&all, &signature), limit, kind == Kind::Write).await;
         let result = reply.and_then(|reply| {
             let date = reply.date.clone();
+            if let Some(there) = date.as_deref().and_then(sent_at) {
+                *self.0.ahead.lock() = Some((there - Timestamp::from(SystemTime::now()).0) / 1000);
+            }
             answer::read(reply).map_err(|failure| dated(failure, date.as_deref()))
         });
         result.map_err(|f| Failure { error: f.error.with_words(|w| hide(w, &keys, &signature)), again: f.again })
@@ -379,6 +396,12 @@ fn of_probe(failure: Failure) -> Failure {
 
 fn late(words: &str) -> Failure {
     Failure::not_sent(words, Again::Late)
+}
+
+/// The header `Date`, in ms since 1970: the middle of the second that it names.
+fn sent_at(date: &str) -> Option<i64> {
+    let parsed = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(date).ok()?;
+    Some(parsed.as_millisecond() + 500)
 }
 
 /// A 401 with the server's time, where a reply has one: a clock that is wrong is seen at once.

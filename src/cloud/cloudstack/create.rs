@@ -59,8 +59,8 @@ impl CloudStack {
     }
 
     async fn allocate(&self, call: &Call, new: &NewVolume) -> Result<VolumeRow, CloudError> {
-        let offering = self.offering(new).await?;
-        let zone = self.zone(new).await?;
+        let offering = self.offering(new.offering.as_deref()).await?;
+        let zone = self.zone(new.zone.as_deref()).await?;
         let gib = new.size.div_ceil(GIB);
         let fixed = offering.disksize.filter(|_| !offering.iscustomized);
         if let Some(has) = fixed
@@ -109,9 +109,24 @@ impl CloudStack {
         }
     }
 
+    /// The zone of a new volume for which none is asked for.
+    pub async fn default_zone(&self) -> Result<Uuid, CloudError> {
+        self.zone(None).await
+    }
+
+    /// The offering of a new volume for which none is asked for, in words.
+    pub async fn default_offering(&self) -> Result<String, CloudError> {
+        let row = self.offering(None).await?;
+        let size = match row.disksize.filter(|_| !row.iscustomized) {
+            Some(gib) => format!("volumes of {gib} GiB and no other size"),
+            None => "any size".into(),
+        };
+        Ok(format!("{} ({}), {size}", row.id, row.name))
+    }
+
     /// The offering that was asked for, or configured, or the only one that takes any size.
-    async fn offering(&self, new: &NewVolume) -> Result<OfferingRow, CloudError> {
-        let wanted = new.offering.as_deref().or(self.options.offering.as_deref());
+    async fn offering(&self, wanted: Option<&str>) -> Result<OfferingRow, CloudError> {
+        let wanted = wanted.or(self.options.offering.as_deref());
         let filter: Vec<_> = wanted.map(|id| ("id", id)).into_iter().collect();
         let mut found: Vec<OfferingRow> =
             self.client.list("listDiskOfferings", &filter, "diskoffering").await.map_err(said)?;
@@ -132,8 +147,8 @@ impl CloudStack {
     }
 
     /// The zone that was asked for, by id or name, or configured, or that of this host.
-    async fn zone(&self, new: &NewVolume) -> Result<Uuid, CloudError> {
-        let Some(wanted) = new.zone.as_deref().or(self.options.zone.as_deref()) else {
+    async fn zone(&self, wanted: Option<&str>) -> Result<Uuid, CloudError> {
+        let Some(wanted) = wanted.or(self.options.zone.as_deref()) else {
             let host = self.vm_row(self.options.host).await?.and_then(|vm| vm.zoneid);
             return host
                 .ok_or_else(|| other("the cloud does not show this host's zone: give zone=, or set cloudstack.zone"));

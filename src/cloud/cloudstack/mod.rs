@@ -41,5 +41,5 @@ pub mod whoami;
 pub use answer::{ApiError, success};
 pub use client::{Client, ClientOptions};
 pub use credentials::Environment;
-pub use provider::{CloudStack, Options};
+pub use provider::{CloudStack, Options, commands};
 pub use sign::Signature;

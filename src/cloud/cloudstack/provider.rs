@@ -33,6 +33,16 @@ const IDS: usize = 100;
 pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// The first pause before a look at what a lagging copy may not show yet.
 const LAG: Duration = Duration::from_millis(100);
+/// The commands that only look.
+const READS: &[&str] = &[
+    "listAsyncJobs",
+    "listDiskOfferings",
+    "listSnapshots",
+    "listVirtualMachines",
+    "listVolumes",
+    "listZones",
+    "queryAsyncJobResult",
+];
 /// Every command whose job may be left behind by a crash.
 const COMMANDS: &[&str] = &[
     "createVolume",
@@ -47,6 +57,11 @@ const COMMANDS: &[&str] = &[
     "revertSnapshot",
     "deleteSnapshot",
 ];
+
+/// The commands that volfs cannot do without: the role of its keys must allow each.
+pub fn commands() -> impl Iterator<Item = &'static str> {
+    READS.iter().chain(COMMANDS).copied()
+}
 
 /// How the provider is set up.
 #[derive(Debug, Clone)]

@@ -242,6 +242,18 @@ impl FakeCloud {
         self.change_vm(vm, |vm| vm.vm_snapshots = count)
     }
 
+    /// Gives a volume so many snapshot policies.
+    ///
+    /// # Errors
+    /// No such volume.
+    pub fn set_snapshot_policies(&self, volume: &str, count: u32) -> Result<(), Refused> {
+        self.with(|world| {
+            world.volumes.get(volume).ok_or_else(|| none("volume", volume))?;
+            world.snapshot_policies.insert(volume.to_owned(), count);
+            Ok(())
+        })
+    }
+
     /// Most volumes of the first account.
     pub fn set_quota(&self, most: Option<usize>) {
         self.with(|world| world.accounts[0].most_volumes = most);

@@ -272,6 +272,11 @@ impl FakeCloud {
         self.with(|world| world.clock = seconds);
     }
 
+    /// Has answers carry a `Date`, as a proxy adds it; the server itself does not (1.3).
+    pub fn set_dated(&self, dated: bool) {
+        self.with(|world| world.dated = dated);
+    }
+
     /// Has the next volumes made have these ids, in this order: lower-case UUIDs.
     pub fn next_volume_ids(&self, ids: &[&str]) {
         self.with(|world| world.next_ids.extend(ids.iter().map(|id| (*id).to_owned())));

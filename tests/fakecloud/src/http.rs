@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::api;
 use crate::core::Core;
 use crate::params::{Params, decode_form};
+use crate::time;
 
 /// Jetty's limit of a header, request line included.
 const HEADER: usize = 8192;
@@ -87,7 +88,11 @@ fn converse(core: &Arc<Core>, stream: &TcpStream) -> io::Result<()> {
             Ok(params) => api::handle(core, &method, params),
             Err(status) => Answer::html(status),
         };
-        if !write(stream, &answer, keep)? {
+        let date = {
+            let world = core.world.lock();
+            world.dated.then(|| format!("Date: {}\r\n", time::http(time::now() + world.clock)))
+        };
+        if !write(stream, &answer, keep, date.as_deref().unwrap_or_default())? {
             return if refused { drain(stream) } else { Ok(()) };
         }
     }
@@ -165,7 +170,7 @@ fn request(mut stream: &TcpStream, buffer: &mut Vec<u8>) -> io::Result<Parsed> {
 }
 
 /// Writes the answer; whether the connection goes on.
-fn write(mut stream: &TcpStream, answer: &Answer, keep: bool) -> io::Result<bool> {
+fn write(mut stream: &TcpStream, answer: &Answer, keep: bool, date: &str) -> io::Result<bool> {
     match answer.end {
         End::Dropped => return Ok(false),
         End::Reset => {
@@ -182,9 +187,8 @@ fn write(mut stream: &TcpStream, answer: &Answer, keep: bool) -> io::Result<bool
         503 => "Service Unavailable",
         _ => "CloudStack",
     };
-    // No Date: the real server has that turned off.
     let head = format!(
-        "HTTP/1.1 {} {reason}\r\nContent-Type: {}\r\nContent-Length: {}\r\nX-Content-Type-Options: nosniff\r\n{}\r\n",
+        "HTTP/1.1 {} {reason}\r\nContent-Type: {}\r\nContent-Length: {}\r\nX-Content-Type-Options: nosniff\r\n{date}{}\r\n",
         answer.status,
         answer.content,
         answer.body.len(),

@@ -241,6 +241,10 @@ pub(crate) struct World {
     pub delays: HashMap<String, Duration>,
     /// Seconds by which the server's clock is ahead.
     pub clock: i64,
+    /// Answers have a `Date`.
+    pub dated: bool,
+    /// Snapshot policies by volume.
+    pub snapshot_policies: BTreeMap<String, u32>,
     /// Calls of an account in the present window of the rate limit.
     pub windows: HashMap<String, (Instant, u32)>,
     /// Counts everything that is made; numbers of the database.

@@ -18,6 +18,18 @@ pub(crate) fn text(seconds: i64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}+0000")
 }
 
+/// `Fri, 24 Jun 2022 07:46:36 GMT`, as the header `Date` has it.
+pub(crate) fn http(seconds: i64) -> String {
+    const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
+    const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let (days, second) = (seconds.div_euclid(86400), seconds.rem_euclid(86400));
+    let (year, month, day) = date(days);
+    let name = |names: &[&'static str], n: i64| usize::try_from(n).ok().and_then(|n| names.get(n).copied());
+    let weekday = name(&DAYS, days.rem_euclid(7)).unwrap_or_default();
+    let month = name(&MONTHS, month - 1).unwrap_or_default();
+    format!("{weekday}, {day:02} {month} {year:04} {:02}:{:02}:{:02} GMT", second / 3600, second / 60 % 60, second % 60)
+}
+
 /// A moment with `Z` or an offset of `+hh:mm` or `+hhmm`, with or without a fraction: 1.3.
 pub(crate) fn parse(text: &str) -> Option<i64> {
     let number = |range: std::ops::Range<usize>| -> Option<i64> {
@@ -86,6 +98,7 @@ mod tests {
             assert_eq!(parse(&text(seconds)), Some(seconds), "{}", text(seconds));
         }
         assert_eq!(text(1_656_056_796), "2022-06-24T07:46:36+0000");
+        assert_eq!(http(1_656_056_796), "Fri, 24 Jun 2022 07:46:36 GMT");
     }
 
     #[test]

@@ -44,6 +44,18 @@ pub(super) fn vm_snapshots(call: &Call<'_>) -> Result<Value, Refusal> {
     call.list("vmSnapshot", of.flat_map(|vm| (0..vm.vm_snapshots).map(move |n| one(vm, n))).collect())
 }
 
+/// listSnapshotPolicies of a volume: as many as were put there.
+pub(super) fn snapshot_policies(call: &Call<'_>) -> Result<Value, Refusal> {
+    let world = call.core.world.lock();
+    let volume = call.own("volumeid", |id| world.volumes.get(id))?;
+    let count = world.snapshot_policies.get(&volume.id).copied().unwrap_or(0);
+    let one = |n: u32| {
+        let id = format!("00000000-0000-4000-8000-{n:012}");
+        json!({"id": id, "volumeid": volume.id, "intervaltype": n, "maxsnaps": 8})
+    };
+    call.list("snapshotpolicy", (0..count).map(one).collect())
+}
+
 /// listZones (2.14).
 pub(super) fn zones(call: &Call<'_>) -> Result<Value, Refusal> {
     let world = call.core.world.lock();
@@ -116,7 +128,7 @@ pub(super) fn apis(call: &Call<'_>) -> Result<Value, Refusal> {
     if found.is_empty()
         && let Some(name) = name
     {
-        return Err(Refusal::parameter(format!("Api does not exist: {name}")));
+        return Err(Refusal::internal(format!("no api {name} is there for this role")));
     }
     let mut world = call.core.world.lock();
     if let Some(window) = world.windows.get_mut(&call.account.name) {

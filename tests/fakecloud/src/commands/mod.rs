@@ -46,6 +46,7 @@ pub(crate) static ALL: &[Command] = &[
     command("listIpForwardingRules", false, info::nothing),
     command("listPortForwardingRules", false, info::nothing),
     command("listPublicIpAddresses", false, info::nothing),
+    command("listSnapshotPolicies", false, info::snapshot_policies),
     command("listSnapshots", false, snapshots::list),
     command("listTags", false, tags::list),
     command("listVirtualMachines", false, info::vms),

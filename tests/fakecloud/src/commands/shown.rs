@@ -100,6 +100,10 @@ pub(crate) fn vm(world: &World, vm: &Vm, admin: bool, details: bool) -> Value {
         shown["projectid"] = project.as_str().into();
     }
     if details {
+        if vm.backups {
+            shown["backupofferingid"] = "00000000-0000-4000-8000-0000000000b0".into();
+            shown["backupofferingname"] = "nightly".into();
+        }
         shown["details"] = json!({"rootDiskController": "virtio", "dataDiskController": "virtio"});
         shown["rootdeviceid"] = 0.into();
         shown["rootdevicetype"] = "ROOT".into();
