@@ -6,8 +6,10 @@
 
 #[path = "../tree/common.rs"]
 mod common;
+mod drift;
 mod faults;
 mod killed;
 mod lane;
 mod main_job;
 mod site;
+mod two;
