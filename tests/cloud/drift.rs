@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 use fakecloud::{DeviceFault, Fault, GIB, Kind, NewVm, Options};
@@ -49,7 +50,8 @@ fn v4_v5_v6_v8_what_others_did_is_shown_by_reconcile_at_once() {
     let marks: Vec<_> = ids.iter().map(|id| site.cloud.volume(id).unwrap().tags[MARK].clone()).collect();
     let foreign = "3c9a6f0e-5b7d-4e1a-8f22-0a1b2c3d4e5f/7";
     let host = site.cloud.host();
-    let mut events = fs::File::open(site.volfs.path("events/all")).unwrap();
+    let mut events = fs::OpenOptions::new();
+    let mut events = events.read(true).custom_flags(libc::O_NONBLOCK).open(site.volfs.path("events/all")).unwrap();
 
     site.cloud.admin_attach(id("here"), &host).unwrap();
     site.cloud.admin_attach(id("there"), &other).unwrap();
@@ -100,10 +102,12 @@ fn v4_v5_v6_v8_what_others_did_is_shown_by_reconcile_at_once() {
     let mut seen = String::new();
     let mut buffer = [0; 65536];
     site.volfs.until("an event of each", || {
-        let n = events.read(&mut buffer).unwrap();
+        let n = events.read(&mut buffer).unwrap_or(0);
         seen.push_str(&String::from_utf8_lossy(&buffer[..n]));
-        let told = |disk: &&str| seen.lines().any(|l| l.contains("\"drift\"") && l.contains(id(disk)));
-        ["here", "there", "lost", "away", "destroyed", "unmarked", "remarked"].iter().all(told)
+        let told = |disk: &&str, event: &str| seen.lines().any(|l| l.contains(event) && l.contains(id(disk)));
+        // What is missing is in doubt first, and changes its status by that.
+        ["here", "there", "lost", "away", "unmarked", "remarked"].iter().all(|d| told(d, "\"drift\""))
+            && ["destroyed", "expunged"].iter().all(|d| told(d, "\"missing\""))
     });
 
     // Put right behind its back as well, all is well again.
