@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use crate::model::{BadName, DiskName, Holder, JobId, OpId, SnapshotName, Status, Verb, VmId, VolumeId};
+use crate::model::{BadName, DiskName, Holder, HolderKind, JobId, OpId, SnapshotName, Status, Verb, VmId, VolumeId};
 
 /// An errno of Linux, as the kernel takes it in a FUSE reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -213,7 +213,31 @@ pub enum Error {
 
 fn in_use(volume: VolumeId, device: &str, holders: &[Holder]) -> String {
     let who: Vec<String> = holders.iter().map(Holder::to_string).collect();
-    format!("{device} (volume {volume}) is in use: {}; end that use first", who.join("; "))
+    let way_out = holders.iter().find_map(got_there_first).unwrap_or_else(|| "end that use first".into());
+    format!("{device} (volume {volume}) is in use: {}; {way_out}", who.join("; "))
+}
+
+/// What ends the use by something of this host that took the disk by itself, as LVM, MD and
+/// multipath do; and what keeps it from doing so again.
+fn got_there_first(holder: &Holder) -> Option<String> {
+    const NEVER_AGAIN: &str = "; contrib/udev/57-volfs.rules keeps the host off such disks";
+    if holder.kind != HolderKind::Holder {
+        return None;
+    }
+    let (name, label) = holder.name.strip_suffix(')')?.split_once(" (")?;
+    let command = if label == "MD array" {
+        format!("mdadm --stop /dev/{name}")
+    } else if let Some(volume) = label.strip_prefix("LVM volume ") {
+        format!("vgchange -an {}", volume_group(volume))
+    } else {
+        format!("multipath -f {}", label.strip_prefix("multipath map ")?)
+    };
+    Some(format!("`{command}` lets it go{NEVER_AGAIN}"))
+}
+
+/// The volume group in the device mapper's name of a logical volume, where `-` in a name is doubled.
+fn volume_group(name: &str) -> String {
+    name.replace("--", "\u{0}").split('-').next().unwrap_or_default().replace('\u{0}', "-")
 }
 
 impl Error {
@@ -267,5 +291,29 @@ impl Error {
             ShuttingDown => Errno::ESHUTDOWN,
             Several { lines } => lines.first().map_or(Errno::EIO, |(_, e)| e.errno()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_host_took_by_itself_is_named_with_what_lets_it_go() {
+        let sentence = |name: &str| {
+            let holder = Holder { kind: HolderKind::Holder, pid: None, name: name.into() };
+            let volume = VolumeId::parse("3c9a6f0e-5b7d-4e1a-8f22-0a1b2c3d4e5f").unwrap();
+            Error::InUse { volume, device: "/dev/vdb".into(), holders: vec![holder] }.to_string()
+        };
+        for (name, command) in [
+            ("dm-3 (LVM volume data--vg-root--lv)", "`vgchange -an data-vg`"),
+            ("md127 (MD array)", "`mdadm --stop /dev/md127`"),
+            ("dm-0 (multipath map mpatha)", "`multipath -f mpatha`"),
+        ] {
+            let words = sentence(name);
+            assert!(words.contains(name) && words.contains(command) && words.contains("57-volfs.rules"), "{words}");
+        }
+        assert!(sentence("dm-1 (crypt device x)").ends_with("end that use first"));
+        assert!(sentence("bcache0").ends_with("end that use first"));
     }
 }

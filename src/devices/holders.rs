@@ -50,12 +50,24 @@ pub(super) fn writers(walk: &Walk, sysfs: &Sysfs, dev: DevNo) -> Result<Vec<Hold
     Ok(rows)
 }
 
-/// `dm-3 (vg-root)`: the name that its owner knows it by.
+/// `dm-3 (LVM volume vg-root)`: what it is, as its uuid's first word says, and the name that its
+/// owner knows it by.
 fn with_label(sysfs: &Sysfs, name: String) -> String {
-    let label = std::fs::read_to_string(sysfs.disk_dir(&name).join("dm/name")).unwrap_or_default();
-    match label.trim_end() {
+    let dir = sysfs.disk_dir(&name);
+    let read = |file: &str| std::fs::read_to_string(dir.join(file)).unwrap_or_default().trim_end().to_owned();
+    if dir.join("md").is_dir() {
+        return format!("{name} (MD array)");
+    }
+    let uuid = read("dm/uuid");
+    let kind = match uuid.split('-').next() {
+        Some("LVM") => "LVM volume ",
+        Some("mpath") => "multipath map ",
+        Some("CRYPT") => "crypt device ",
+        _ => "",
+    };
+    match read("dm/name").as_str() {
         "" => name,
-        label => format!("{name} ({label})"),
+        label => format!("{name} ({kind}{label})"),
     }
 }
 

@@ -46,7 +46,7 @@ pub(super) struct Core {
     /// Creates that ended without an answer and without a volume, and when: one may still come to light.
     pub twins: Vec<(Fence, Timestamp)>,
     /// Devices that made a volume `conflict`: it is looked at again when one of them changes.
-    pub contenders: HashMap<Arc<str>, DiskRow>,
+    pub contenders: HashMap<Arc<str>, BTreeSet<DiskRow>>,
     /// Volumes that are being looked at because of an event, and whether another one came meanwhile.
     pub looking: HashMap<DiskRow, bool>,
     /// False from the beginning of a shutdown.

@@ -77,7 +77,11 @@ impl Engine {
         let mut finding = settle(&recorded, cloud, &candidates, self.rules());
         if finding.status == Status::Conflict {
             // Without a mapping nothing else ties these names to the volume.
-            self.core.lock().contenders.extend(candidates.iter().map(|d| (d.name.clone(), before.row)));
+            // Volumes that share a serial contend for the same disk.
+            let mut core = self.core.lock();
+            for disk in &candidates {
+                core.contenders.entry(disk.name.clone()).or_default().insert(before.row);
+            }
         }
         let mut mapping = None;
         if let Some(disk) = &finding.device {
@@ -474,7 +478,7 @@ impl Engine {
         };
         let mut rows = BTreeSet::new();
         rows.extend(world.by_device.get(name).copied());
-        rows.extend(self.core.lock().contenders.remove(name));
+        rows.extend(self.core.lock().contenders.remove(name).unwrap_or_default());
         if let Some(disk) = &disk {
             let mapped = |v: &Volume| {
                 v.mapping.as_ref().is_some_and(|m| m.incarnation == disk.incarnation && m.size == disk.size)

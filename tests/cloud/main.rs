@@ -8,8 +8,10 @@
 mod common;
 mod drift;
 mod faults;
+mod identity;
 mod killed;
 mod lane;
 mod main_job;
 mod site;
+mod snapshots;
 mod two;

@@ -328,3 +328,27 @@ fn v8_a_disk_that_should_not_be_there_is_a_conflict_until_it_is_gone() {
     site.refused("cat disks/one/block", "No such");
     assert!(site.ok("cat $R/problems").contains(&volume));
 }
+
+/// A virtio serial takes 20 of an id's 32 digits: here both volumes have the same.
+#[test]
+fn d3_two_volumes_whose_serials_are_one_are_never_taken_for_each_other() {
+    if !have() {
+        return;
+    }
+    let site = Site::start(Bus::VirtioBlk);
+    let ids = ["3c9a6f0e-5b7d-4e1a-8f22-0a1b2c3d4e5f", "3c9a6f0e-5b7d-4e1a-8f22-0a1b2c3d4e60"];
+    site.mkdir();
+    site.cloud.next_volume_ids(&ids);
+    site.ok("echo create one 1G > control; echo create two 1G > control; echo attach > disks/one/control");
+    // Its serial is that of a disk that is here already: a conflict, and nothing is called.
+    site.refused("echo attach > disks/two/control", "Device or resource busy");
+    assert_eq!(site.cloud.calls("attachVolume"), 1);
+    site.ok("[ $(cat disks/one/status) = attached ] && [ -b $(cat disks/one/device) ]");
+    // Behind volfs's back it comes all the same: neither is served.
+    site.cloud.admin_attach(ids[1], &site.cloud.host()).unwrap();
+    site.until("[ $(cat disks/one/status) = conflict ]");
+    site.refused("cat disks/one/device", "No such device");
+    site.refused("cat disks/two/device", "No such device");
+    site.cloud.admin_detach(ids[1]).unwrap();
+    site.until("[ $(cat disks/one/status) = attached ]");
+}

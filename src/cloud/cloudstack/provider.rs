@@ -95,6 +95,18 @@ pub(super) fn other(words: impl Into<String>) -> CloudError {
     CloudError::Refused { why: Refusal::Other, words: words.into() }
 }
 
+/// A refusal while the volume is in a state that passes by itself is tried again.
+pub(super) fn while_passing(row: Option<&VolumeRow>, refused: CloudError) -> CloudError {
+    match refused {
+        CloudError::Refused { why: Refusal::Other | Refusal::Conflict, words }
+            if row.is_some_and(VolumeRow::in_passing) =>
+        {
+            CloudError::Refused { why: Refusal::Passing, words }
+        }
+        other => other,
+    }
+}
+
 impl CloudStack {
     /// The provider over a client. Asks the cloud nothing yet.
     pub fn new(client: Client, options: Options) -> Arc<Self> {
@@ -200,7 +212,7 @@ impl CloudStack {
                             call.step(&format!("the cloud's job {job} is pending on the volume; it may be ours"));
                         }
                         _ if reached(row.as_ref()) => return Ok(()),
-                        (_, Some(_)) => break,
+                        (_, Some(error)) => return Err(while_passing(row.as_ref(), error.clone())),
                         (None, None) if began.elapsed() >= self.options.late => break,
                         (None, None) => {}
                     }
@@ -209,14 +221,8 @@ impl CloudStack {
             }
             tokio::time::sleep(LOOK_AGAIN.min(self.options.late)).await;
         }
-        Err(match (refused, said) {
-            (Some(error), _) => error,
-            (None, words) => other(format!(
-                "{}, and nothing of it has happened in {} s",
-                words.unwrap_or_default(),
-                self.options.late.as_secs()
-            )),
-        })
+        let words = said.unwrap_or_default();
+        Err(other(format!("{words}, and nothing of it has happened in {} s", self.options.late.as_secs())))
     }
 
     /// Volumes by id, in as few requests as there may be; those that the cloud never knew are left out.

@@ -109,6 +109,22 @@ impl VolumeRow {
         matches!(self.state.as_str(), "Destroy" | "Expunging" | "Expunged")
     }
 
+    /// Whether its state is one that passes by itself (page 4.1): a refusal meanwhile is none for good.
+    pub fn in_passing(&self) -> bool {
+        const PASSING: [&str; 9] = [
+            "Creating",
+            "Attaching",
+            "Snapshotting",
+            "RevertSnapshotting",
+            "Resizing",
+            "Migrating",
+            "Copying",
+            "Restoring",
+            "Expunging",
+        ];
+        PASSING.contains(&self.state.as_str())
+    }
+
     /// A tag's value.
     pub fn tag(&self, key: &str) -> Option<&str> {
         self.tags.iter().find(|tag| tag.key == key).map(|tag| tag.value.as_str())
@@ -202,6 +218,17 @@ mod tests {
         assert_eq!(row(json!({"id": ID, "size": "1099511627776", "deviceid": "4"})).size, Some(1 << 40));
         assert!(serde_json::from_value::<VolumeRow>(json!({"id": ID, "size": "much"})).is_err());
         assert!(serde_json::from_value::<VolumeRow>(json!({"id": "17"})).is_err());
+    }
+
+    #[test]
+    fn states_on_the_way_to_another_pass() {
+        let state = |word: &str| row(json!({"id": ID, "state": word}));
+        for word in ["Attaching", "Snapshotting", "Migrating"] {
+            assert!(state(word).in_passing() && !state(word).gone(), "{word}");
+        }
+        for word in ["Ready", "Allocated", "Uploaded", "Destroy", "", "SomethingNew"] {
+            assert!(!state(word).in_passing(), "{word}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use tokio::time::Instant;
 
 use super::super::{Call, CloudError, CloudSnapshot};
 use super::jobs::{End, Repeat};
-use super::provider::{CloudStack, LOOK_AGAIN, no_such, other, said};
+use super::provider::{CloudStack, LOOK_AGAIN, no_such, other, said, while_passing};
 use super::rows::SnapshotRow;
 use super::{ApiError, refusal};
 use crate::model::{Fence, SnapshotId, SnapshotName, VmId, VolumeId};
@@ -58,7 +58,7 @@ impl CloudStack {
                 Err(End::Refused(error)) => {
                     return match self.complete(call, volume).await? {
                         Some(done) => Ok(done),
-                        None => Err(error),
+                        None => Err(while_passing(self.row(volume).await?.as_ref(), error)),
                     };
                 }
                 Err(End::NoResult(words) | End::Unknown(words)) => {
@@ -95,7 +95,8 @@ impl CloudStack {
         let id = snapshot.to_string();
         match self.jobs.run(call, "revertSnapshot", &[("id", &id)], Repeat::SameId).await {
             Ok(_) => Ok(()),
-            Err(End::Refused(error) | End::NotStarted(error)) => Err(error),
+            Err(End::NotStarted(error)) => Err(error),
+            Err(End::Refused(error)) => Err(while_passing(self.row(volume).await?.as_ref(), error)),
             // Nothing that a look shows tells whether the bytes went back.
             Err(End::NoResult(words) | End::Unknown(words)) => Err(CloudError::Ambiguous {
                 words: format!("{words}: whether volume {volume} was reverted cannot be seen; revert it again"),

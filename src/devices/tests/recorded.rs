@@ -19,13 +19,17 @@ fn what_is_built_on_a_partition_has_the_disk() {
     std::fs::create_dir_all(sys.path().join("block/dm-3/dm")).unwrap();
     std::fs::create_dir_all(sys.path().join("block/vdb")).unwrap();
     std::fs::write(sys.path().join("block/dm-3/dm/name"), "vg-root\n").unwrap();
+    std::fs::write(sys.path().join("block/dm-3/dm/uuid"), "LVM-AbCdEfGhIjKlMnOp\n").unwrap();
     std::fs::write(disk.join("vdb1/partition"), "1\n").unwrap();
     std::fs::write(disk.join("vdb1/dev"), "254:17\n").unwrap();
     let mut walk = walk::Walk::default();
     let part = DevNo { major: 254, minor: 17 };
     walk.by_dev.insert(part, vec![holder(HolderKind::Mount, None, "/mnt")]);
     let rows = holders::of(&walk, &sysfs::Sysfs::new(sys.path().into()), DevNo { major: 254, minor: 16 }).unwrap();
-    assert_eq!(rows, [holder(HolderKind::Mount, None, "/mnt"), holder(HolderKind::Holder, None, "dm-3 (vg-root)")]);
+    assert_eq!(
+        rows,
+        [holder(HolderKind::Mount, None, "/mnt"), holder(HolderKind::Holder, None, "dm-3 (LVM volume vg-root)")]
+    );
 }
 
 /// A tree as virtio disks have it, one of them on a kernel without sequence numbers.
