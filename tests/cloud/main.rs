@@ -7,6 +7,7 @@
 mod check;
 #[path = "../tree/common.rs"]
 mod common;
+mod drift;
 mod faults;
 mod identity;
 mod killed;
@@ -14,3 +15,4 @@ mod lane;
 mod main_job;
 mod site;
 mod snapshots;
+mod two;
