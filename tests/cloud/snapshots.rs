@@ -185,3 +185,45 @@ fn predecessor_98_the_failover_scripts_bring_every_volume_home_with_its_bytes() 
     assert_eq!(ids.iter().map(|id| bytes(&site, id)).collect::<Vec<_>>(), ["os", "data"]);
     assert_eq!((site.value("j", "os", "status"), live(&site)), ("attached".into(), 0));
 }
+
+/// Killed at each step; the next start settles it, and the repeated command tells the truth.
+#[test]
+fn crash_of_a_snapshots_commands_is_settled_at_the_next_start() {
+    for (point, verb, happened) in [
+        ("snapshot.before-call", "snapshot", false),
+        ("snapshot.after-call", "snapshot", true),
+        ("revert.before-call", "revert", false),
+        ("revert.after-call", "revert", true),
+        ("delete-snapshot.before-call", "delete-snapshot", false),
+        ("delete-snapshot.after-call", "delete-snapshot", true),
+    ] {
+        let mut site = Site::start();
+        let id = written(&site, "j", &["d"]).remove(0);
+        if verb != "snapshot" {
+            assert_eq!(site.disk("j", "d", "snapshot s"), 0);
+            assert_eq!(site.disk("j", "d", "attach"), 0);
+            write(&site, "j", "d", "changed");
+            assert_eq!(site.disk("j", "d", "detach"), 0);
+        }
+        site.volfs.terminate();
+        site.volfs.set_env(&[("VOLFS_FAILPOINTS", &format!("{point}=kill"))]);
+        site.volfs.launch();
+        assert_ne!(site.disk("j", "d", &format!("{verb} s")), 0, "{point}");
+        site.volfs.kill();
+        site.volfs.set_env(&[]);
+        site.volfs.launch();
+        site.volfs.until("an end", || site.value("j", "d", "status") == "detached");
+        let there = if verb == "snapshot" { happened } else { verb == "revert" || !happened };
+        assert_eq!(live(&site), usize::from(there), "{point}");
+        assert_eq!(site.volfs.path("jobs/j/disks/d/snapshots/s").exists(), there, "{point}");
+        let again = site.disk("j", "d", &format!("{verb} s"));
+        let expected = match (verb, happened) {
+            ("snapshot", true) => EEXIST,
+            ("delete-snapshot", true) => ENOENT,
+            _ => 0,
+        };
+        assert_eq!(again, expected, "{point}\n{}", site.volfs.log());
+        assert_eq!(bytes(&site, &id), if verb == "delete-snapshot" { "changed" } else { "d" }, "{point}");
+        assert!(site.cloud.snapshots().len() <= 1, "{point}: never twice");
+    }
+}
