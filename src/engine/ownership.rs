@@ -78,6 +78,7 @@ impl Engine {
             self.step(live, "no clear answer: look for what it made").map_err(|f| Fail::ambiguous(f.error))?;
             let running = self.cloud.running(live.fence).await;
             match (running, self.cloud.find_created(live.fence).await) {
+                (_, Ok(Some(made))) if made.mark == Some(new.label.mark) && made.name == new.name => return Ok(made),
                 // Said again: it goes on with what is there.
                 (_, Ok(Some(_))) => match self.cloud.create(call, new).await {
                     Ok(made) => return Ok(made),

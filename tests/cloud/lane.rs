@@ -117,7 +117,7 @@ impl Lane {
         options.host.most_disks = 100;
         options.vms.push(other.clone());
         let more = format!("late_answers = 1\ntimeout = {DEADLINE}\nmost_disks = 100\n");
-        let mut site = Site::prepare(options.loops(), &[], &more);
+        let mut site = Site::prepare(options.loops(), &[], &more).without_rounds();
         let arms = site.volfs.scratch("arms");
         fs::create_dir(&arms).unwrap();
         let each: Vec<_> = points.iter().map(|name| format!("{name}=kill:{}/{name}", arms.display())).collect();

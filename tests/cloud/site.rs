@@ -43,6 +43,16 @@ impl Site {
         Site { volfs, cloud, keys }
     }
 
+    /// Before the launch: no round comes by itself, so that what a fault shows is seen by the command
+    /// it is meant for.
+    pub fn without_rounds(self) -> Self {
+        let path = self.volfs.scratch("config.toml");
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(INTERVAL), "{text}");
+        fs::write(&path, text.replace(INTERVAL, "reconcile_interval = 3600")).unwrap();
+        self
+    }
+
     /// A further daemon on the same cloud, on the VM `host`; its disks are not this machine's.
     pub fn beside(&self, host: &str, env: &[(&str, &str)], more: &str) -> Volfs {
         Volfs::prepare(env, &config(&self.cloud, self.keys.path(), host, more))
@@ -122,6 +132,9 @@ impl Site {
     }
 }
 
+/// Seconds between rounds in these tests.
+const INTERVAL: &str = "reconcile_interval = 5";
+
 /// Writes the file of the keys as volfs wants it.
 pub fn write_keys(path: &Path, endpoint: &str, key: &str, secret: &str) {
     use std::io::Write;
@@ -149,7 +162,7 @@ fn config(cloud: &FakeCloud, keys: &Path, host: &str, more: &str) -> String {
     // A test's own word counts.
     let late = if more.contains("late_answers") { "" } else { "late_answers = 2\n" };
     format!(
-        "provider = \"cloudstack\"\nreconcile_interval = 5\n[cloudstack]\ncredentials = \"{}/keys\"\nhost = \"{host}\"\n\
+        "provider = \"cloudstack\"\n{INTERVAL}\n[cloudstack]\ncredentials = \"{}/keys\"\nhost = \"{host}\"\n\
          offering = \"{}\"\nsignature = \"sha1\"\n{late}{more}\n",
         keys.display(),
         custom(cloud)
