@@ -78,12 +78,14 @@ impl Daemon {
             }
         };
         let foreign = same_provider(config, &instance)?;
+        let is_foreign = foreign.is_some();
         let read_only = config.read_only.then(|| "it was started with --read-only".to_owned()).or(foreign);
         let options = engine::Options {
             interval: config.reconcile_interval,
             absence_gap: ABSENCE_GAP,
             exact_size: config.size_check == SizeCheck::Exact,
             read_only,
+            foreign: is_foreign,
             history: config.history,
             events: EVENTS_KEPT,
             clock: Arc::new(|| Timestamp::from(SystemTime::now())),
@@ -232,7 +234,7 @@ fn same_provider(config: &Config, instance: &Instance) -> Result<Option<String>,
     match instance {
         _ if known == now => Ok(None),
         Instance::Host(vm) if known.starts_with("cloudstack ") => Ok(Some(format!(
-            "the record was made on {known}, and this host is VM {vm}: it is a copy, or the VM id is wrong; {} remembers",
+            "the record was made on {known}, and this host is VM {vm}: it is a copy, and owns nothing here, or cloudstack.host is wrong; {} remembers",
             path.display()
         ))),
         Instance::Host(_) => Err(Problem(format!(

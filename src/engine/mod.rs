@@ -73,6 +73,8 @@ pub struct Options {
     pub exact_size: bool,
     /// Why every changing command is EROFS, if it is.
     pub read_only: Option<String>,
+    /// The reason is that the record is not this machine's: `health` is down for it.
+    pub foreign: bool,
     /// Rows of `history` at the root.
     pub history: usize,
     /// Events kept for slow readers.

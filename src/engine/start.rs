@@ -40,6 +40,9 @@ impl Engine {
         let journaled = loaded.unfinished.iter().chain(loaded.history.iter().map(|(op, _)| op));
         next.epoch = next.epoch.max(journaled.map(|op| super::recovery::epoch_of(op) + 1).max().unwrap_or(0));
         let mut core = Core::new(world, next, options.history);
+        if let (true, Some(why)) = (options.foreign, &read_only) {
+            core.world.health.store = Component::Down(why.clone());
+        }
         let disks = devices.disks();
         if let Err(error) = &disks {
             core.world.health.devices = Component::Down(error.to_string().into());

@@ -194,15 +194,17 @@ fn a_record_started_under_another_vm_id_changes_nothing() {
 }
 
 #[test]
-#[ignore = "health says ok, with the reason as its last line; there is no `volfs adopt` yet to name as the way out"]
-fn e7_a_record_of_another_vm_makes_health_down_and_names_the_ways_out() {
+fn e7_a_record_of_another_vm_makes_health_down_and_says_whose_it_is() {
     let Two { mut site, mut second } = two();
     second.terminate();
     site.volfs.kill();
     copy(&site.volfs.state(), &second.state());
     second.launch();
     let health = second.read("health").unwrap();
-    assert!(health.starts_with("down\n") && health.contains("volfs adopt"), "{health}");
+    assert!(
+        health.starts_with("down\n") && health.contains("it is a copy") && health.contains(&site.cloud.host()),
+        "{health}"
+    );
 }
 
 #[test]

@@ -404,6 +404,7 @@ impl Lab {
             absence_gap: Duration::from_secs(10),
             exact_size: true,
             read_only: None,
+            foreign: false,
             history: 1000,
             events: 1000,
             clock: Arc::new(move || Timestamp(1_800_000_000_000).plus(epoch.elapsed())),
