@@ -8,4 +8,6 @@ mod check;
 #[path = "../tree/common.rs"]
 mod common;
 mod main_job;
+mod predecessor;
+mod secrets;
 mod site;
