@@ -13,6 +13,8 @@ mod identity;
 mod killed;
 mod lane;
 mod main_job;
+mod predecessor;
+mod secrets;
 mod site;
 mod snapshots;
 mod two;
