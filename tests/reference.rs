@@ -124,3 +124,18 @@ fn every_command_of_the_cloud_that_is_needed_is_there() {
         after.lines().filter_map(|l| l.strip_prefix("    ")).flat_map(str::split_whitespace).collect();
     assert_eq!(listed, volfs::cloud::cloudstack::commands().collect());
 }
+
+#[test]
+fn every_tag_that_volfs_puts_on_a_volume_is_in_the_page() {
+    let source = include_str!("../src/cloud/cloudstack/rows.rs");
+    let page = include_str!("../contrib/man/volfs-cloudstack.5.md");
+    let tags: Vec<&str> = source
+        .lines()
+        .filter(|line| line.starts_with("pub(super) const TAG"))
+        .filter_map(|line| line.split('"').nth(1))
+        .collect();
+    assert!(tags.len() >= 5, "{tags:?}");
+    for tag in tags {
+        assert!(page.lines().any(|line| line.starts_with(&format!("| {tag} |"))), "{tag}");
+    }
+}

@@ -302,7 +302,11 @@ impl Engine {
         let looked = Instant::now();
         let fences = self.core.lock().late_twins((self.clock)());
         let survey = Survey { volumes: Vec::new(), vms: vec![self.host], record: Some(self.record), fences };
-        let mut answer = self.cloud.survey(&survey).await;
+        // A cloud that keeps its answer for itself is away: `health` says so before the next round is due.
+        let surveyed = tokio::time::timeout(self.interval, self.cloud.survey(&survey)).await;
+        let mut answer = surveyed.unwrap_or_else(|_| {
+            Err(CloudError::Unreachable { words: format!("no answer in {} s", self.interval.as_secs()) })
+        });
         let mut unseen = BTreeSet::new();
         if let Ok(volumes) = &mut answer {
             self.ask_for_the_rest(&world, volumes, &mut unseen).await;

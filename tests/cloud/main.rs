@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 
+mod answers;
 mod check;
 #[path = "../tree/common.rs"]
 mod common;

@@ -129,7 +129,7 @@ fn a_role_that_forbids_a_command_says_so() {
     let (code, text) = refused(&cloud, "createTags", &[]);
     assert_eq!(code, 401);
     assert_eq!(text, "The given command 'createTags' either does not exist, is not available for user.");
-    assert_eq!(refused(&cloud, "listApis", &[("name", "createTags")]).0, 431);
+    assert_eq!(refused(&cloud, "listApis", &[("name", "createTags")]).0, 530);
 }
 
 #[test]
