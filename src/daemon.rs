@@ -57,7 +57,10 @@ impl Daemon {
                     .map_err(|e| Problem(e.to_string()))?,
             )
         };
-        let own_state = vec![config.state_dir.clone(), config.loop_provider.dir.clone()];
+        let mut own_state = vec![config.state_dir.clone()];
+        if config.provider == Provider::Loop {
+            own_state.push(config.loop_provider.dir.clone());
+        }
         let devices = KernelDevices::start(devices::Options {
             own_state,
             keep_open: !config.read_only,

@@ -16,6 +16,7 @@ mod lane;
 mod main_job;
 mod predecessor;
 mod secrets;
+mod side_by_side;
 mod site;
 mod snapshots;
 mod two;
