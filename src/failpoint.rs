@@ -2,8 +2,9 @@
 //!
 //! `VOLFS_FAILPOINTS="NAME=ACTION[;NAME=ACTION…]"`; actions are `kill` (SIGKILL to ourselves),
 //! `kill:PATH` (the same once PATH exists, at the hit whose number from then on it holds; empty: the
-//! first), `panic`, `fail` ([`hit`] answers true) and `wait:PATH` (stays while PATH exists). Compiled
-//! to nothing in release builds without the feature `failpoints`.
+//! first), `panic`, `fail` ([`hit`] answers true), `fail:PATH` (the same while PATH exists) and
+//! `wait:PATH` (stays while PATH exists). Compiled to nothing in release builds without the feature
+//! `failpoints`.
 
 #[cfg(any(debug_assertions, feature = "failpoints"))]
 mod live {
@@ -18,6 +19,7 @@ mod live {
         KillOnce(PathBuf, AtomicU64),
         Panic,
         Fail,
+        FailWhile(PathBuf),
         Wait(PathBuf),
     }
 
@@ -34,6 +36,7 @@ mod live {
                     "fail" => What::Fail,
                     other => match other.split_once(':') {
                         Some(("wait", path)) => What::Wait(path.into()),
+                        Some(("fail", path)) => What::FailWhile(path.into()),
                         Some(("kill", path)) => What::KillOnce(path.into(), AtomicU64::new(0)),
                         _ => panic!("VOLFS_FAILPOINTS: unknown action {other}"),
                     },
@@ -69,6 +72,7 @@ mod live {
             }
             What::Panic => panic!("failpoint {name}"),
             What::Fail => true,
+            What::FailWhile(path) => there(path),
             What::Wait(_) => false,
         }
     }

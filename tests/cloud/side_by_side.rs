@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use fakecloud::{Effect, Fault, Kind, Moment};
+use fakecloud::{Effect, Fault, Kind, Moment, Options};
 
 use crate::common::finish;
 use crate::site::Site;
 
 const EINTR: i32 = 4;
+const EIO: i32 = 5;
 const EBUSY: i32 = 16;
 
 #[test]
@@ -74,4 +75,51 @@ fn predecessor_42_an_interrupted_caller_leaves_the_operation_and_a_stop_does_not
     site.volfs.launch();
     site.volfs.until("its end", || site.value("j", "d", "status") == "attached");
     assert_eq!(site.cloud.calls("attachVolume"), 1);
+}
+
+/// The record is away from after the cloud's success on, for longer than a moment, and comes back.
+#[test]
+fn predecessor_33_34_57_a_record_that_fails_after_the_clouds_success_follows_by_itself() {
+    for (command, before, after) in [("attach", "detached", "attached"), ("detach", "attached", "detached")] {
+        let mut site = Site::prepare(Options::with_loops(), &[], "");
+        let (gate, away) = (site.volfs.scratch("gate"), site.volfs.scratch("away"));
+        let points =
+            format!("store.before-commit=fail:{};{command}.after-call=wait:{}", away.display(), gate.display());
+        site.volfs.set_env(&[("VOLFS_FAILPOINTS", &points)]);
+        site.volfs.launch();
+        let id = site.job("j", &["d"], "1G").remove(0);
+        if before == "attached" {
+            assert_eq!(site.disk("j", "d", "attach"), 0);
+        }
+        std::fs::write(&gate, "").unwrap();
+        let going = site.volfs.sh_spawn(&["dash"], &format!("echo {command} > $R/jobs/j/disks/d/control"));
+        let effect = if after == "attached" { Effect::Attached } else { Effect::Detached };
+        site.until("the cloud's success", |cloud| cloud.effects(effect, Some(&id)) == 1);
+        std::fs::write(&away, "").unwrap();
+        std::fs::remove_file(&gate).unwrap();
+        assert_ne!(finish(going).status, 0, "{command}: the record did not take it");
+        assert!(site.volfs.read("jobs/j/disks/d/error").unwrap().contains("the record could not take it"));
+        assert_eq!(site.value("j", "d", "status"), "unknown", "{command}");
+        assert!(site.volfs.read("health").unwrap().starts_with("down\n"), "{command}");
+        std::fs::remove_file(&away).unwrap();
+        site.volfs.until("its end", || site.value("j", "d", "status") == after);
+        assert!(site.volfs.read("health").unwrap().starts_with("ok\n"), "{command}");
+        assert_eq!(site.cloud.effects(effect, Some(&id)), 1, "{command}: once");
+    }
+}
+
+#[test]
+fn predecessor_58_a_record_that_fails_before_the_call_starts_nothing() {
+    let mut site = Site::prepare(Options::with_loops(), &[], "");
+    let away = site.volfs.scratch("away");
+    site.volfs.set_env(&[("VOLFS_FAILPOINTS", &format!("store.before-commit=fail:{}", away.display()))]);
+    site.volfs.launch();
+    site.job("j", &["d"], "1G");
+    assert_eq!(site.disk("j", "d", "attach"), 0);
+    std::fs::write(&away, "").unwrap();
+    assert_eq!(site.disk("j", "d", "detach"), EIO);
+    assert_eq!(site.cloud.calls("detachVolume"), 0);
+    assert_eq!(site.value("j", "d", "status"), "attached");
+    std::fs::remove_file(&away).unwrap();
+    assert_eq!(site.disk("j", "d", "detach"), 0, "{}", site.volfs.log());
 }
