@@ -28,7 +28,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         &["cloud", "command", "config", "devices", "engine", "error", "failpoint", "fs", "model", "store", "sys"],
     ),
     ("start", &["config", "daemon"]),
-    ("check", &["config", "start", "store"]),
+    ("check", &["cloud", "config", "daemon", "devices", "engine", "model", "start", "store"]),
     ("demo", &["config", "start", "sys"]),
     ("lib", &[]),
     ("main", &["config", "start", "check", "demo", "daemon"]),
