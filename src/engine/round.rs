@@ -31,6 +31,8 @@ struct Settled {
     changes: Vec<Change>,
 }
 
+/// How long a round waits for the cloud at least, however short the interval.
+const LEAST_PATIENCE: Duration = Duration::from_secs(10);
 /// Intervals without an answer of the cloud, after which its last one is no truth any more.
 pub(super) const VIEW_LIVES: u32 = 3;
 
@@ -303,9 +305,11 @@ impl Engine {
         let fences = self.core.lock().late_twins((self.clock)());
         let survey = Survey { volumes: Vec::new(), vms: vec![self.host], record: Some(self.record), fences };
         // A cloud that keeps its answer for itself is away: `health` says so before the next round is due.
-        let surveyed = tokio::time::timeout(self.interval, self.cloud.survey(&survey)).await;
+        // A short interval must not make a slow cloud look like a silent one.
+        let patience = self.interval.max(LEAST_PATIENCE);
+        let surveyed = tokio::time::timeout(patience, self.cloud.survey(&survey)).await;
         let mut answer = surveyed.unwrap_or_else(|_| {
-            Err(CloudError::Unreachable { words: format!("no answer in {} s", self.interval.as_secs()) })
+            Err(CloudError::Unreachable { words: format!("no answer in {} s", patience.as_secs()) })
         });
         let mut unseen = BTreeSet::new();
         if let Ok(volumes) = &mut answer {
