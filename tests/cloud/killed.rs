@@ -269,7 +269,13 @@ fn matrix(own: bool, wanted: impl Fn(Op, When) -> bool + Sync) {
             let tried = catch_unwind(AssertUnwindSafe(|| cell(&mut lane, n, when, left)));
             if let Err(panic) = tried {
                 let words = words(&*panic);
-                failed.push(format!("{op:?} × {when:?}: {}", words.lines().take(6).collect::<Vec<_>>().join("\n")));
+                let log = lane.site.volfs.log();
+                let last = log.lines().rev().take(30).collect::<Vec<_>>();
+                failed.push(format!(
+                    "{op:?} × {when:?}: {}\nits log ends, backwards:\n{}",
+                    words.lines().take(6).collect::<Vec<_>>().join("\n"),
+                    last.join("\n")
+                ));
                 // The next cell has a daemon again.
                 lane.site.cloud.clear_faults();
                 lane.site.cloud.release_jobs();
