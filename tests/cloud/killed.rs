@@ -146,7 +146,7 @@ fn cells(op: Op) -> Vec<(When, Left)> {
         CreateMarks | CreateRenames | MoveMarks | RenameMarks => &[],
     };
     cells.extend(points.iter().map(|(name, left)| (At(name), *left)));
-    cells.extend([OnTheWay, Unanswered].map(|when| (when, Done)));
+    cells.push((Unanswered, Done));
     for moment in [Moment::Queued, Moment::Working, Moment::Closing] {
         cells.extend([(Polling(moment), Done), (PollingOn(moment), Done)]);
     }
@@ -156,6 +156,8 @@ fn cells(op: Op) -> Vec<(When, Left)> {
         _ => begins,
     };
     cells.push((PollingInVain, in_vain));
+    // The last: its call arrives late, and would be taken for the next cell's.
+    cells.push((OnTheWay, Done));
     cells
 }
 
