@@ -97,12 +97,24 @@ pub enum Subcommand {
         /// Return when the tree answers, and go on in the background.
         #[arg(long)]
         background: bool,
+        /// No keeper: the mount ends when the daemon dies, or the service manager starts the next one.
+        #[arg(long)]
+        no_keeper: bool,
         /// Set by `--background` for the process it starts: standard output is the way back to it.
         #[arg(long, hide = true)]
         background_child: bool,
+        /// Set by the keeper for the daemon it starts: standard input is the way back to it.
+        #[arg(long, hide = true)]
+        kept: bool,
     },
     /// Take the tree away: the daemon behind it ends, volumes stay as they are.
     Unmount {
+        /// Where [default: /run/volfs].
+        #[arg(env = "VOLFS_MOUNTPOINT")]
+        mountpoint: Option<PathBuf>,
+    },
+    /// Put the installed program in place of the running daemon; no caller notices.
+    Upgrade {
         /// Where [default: /run/volfs].
         #[arg(env = "VOLFS_MOUNTPOINT")]
         mountpoint: Option<PathBuf>,
@@ -122,6 +134,7 @@ impl Subcommand {
         match self {
             Subcommand::Mount { mountpoint, .. }
             | Subcommand::Unmount { mountpoint }
+            | Subcommand::Upgrade { mountpoint }
             | Subcommand::Check { mountpoint } => mountpoint.as_deref(),
             Subcommand::Demo => None,
         }

@@ -17,15 +17,21 @@ use crate::cloud::cloudstack::{self, Client, ClientOptions, CloudStack, Signatur
 use crate::cloud::loopdev::{LoopCloud, LoopOptions};
 use crate::config::{CloudStackConfig, Config, Problem, Provider, SignatureHash, SizeCheck};
 use crate::devices::{self, Devices, KernelDevices};
+use crate::engine::events::{Event, Events};
 use crate::engine::{self, Engine};
-use crate::fs::{self, Serving};
-use crate::model::{BootId, Timestamp, VmId};
+use crate::fs::{self, Adopted, Serving};
+use crate::handover::Handover;
+use crate::keeper::Held;
+use crate::kept::{self, Memory};
+use crate::model::{BootId, Fence, JobRow, Timestamp, VmId};
 use crate::store::{KEEP_OPERATIONS, SqliteStore, Store};
 
 /// How long a start waits for the first look at the cloud before the tree is served without it.
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 /// Between two looks before a volume's absence is believed (row V6 of the contract).
 const ABSENCE_GAP: Duration = Duration::from_secs(10);
+/// The same where callers of an earlier daemon wait: a tenth of what is promised to them.
+const FIRST_LOOK_ADOPTED: Duration = Duration::from_millis(100);
 /// Events kept for slow readers of `events/`.
 const EVENTS_KEPT: usize = 4096;
 /// How long a stop waits for what still runs on worker threads.
@@ -36,12 +42,28 @@ pub struct Daemon {
     engine: Arc<Engine>,
     serving: Serving,
     runtime: tokio::runtime::Runtime,
+    handover: Handover,
 }
 
 impl Daemon {
     /// Starts everything; when this returns, the tree answers.
-    pub fn start(config: &Config) -> Result<Self, Problem> {
+    pub fn start(config: &Config, handover: Handover, held: Option<Held>) -> Result<Self, Problem> {
+        match Self::begin(config, &handover, held) {
+            Ok((engine, serving, runtime)) => Ok(Daemon { engine, serving, runtime, handover }),
+            Err(problem) => {
+                handover.problem(&problem);
+                Err(problem)
+            }
+        }
+    }
+
+    fn begin(
+        config: &Config,
+        handover: &Handover,
+        held: Option<Held>,
+    ) -> Result<(Arc<Engine>, Serving, tokio::runtime::Runtime), Problem> {
         one_heap();
+        let (memory, adopted) = handover.open(held)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("volfs")
@@ -90,14 +112,17 @@ impl Daemon {
             read_only,
             foreign: is_foreign,
             history: config.history,
-            events: EVENTS_KEPT,
+            events: Arc::new(events(memory.as_ref(), adopted.as_ref())),
+            asked: adopted.as_ref().map_or(Vec::new(), asked),
             clock: Arc::new(|| Timestamp::from(SystemTime::now())),
         };
         let engine = Engine::start(store, cloud, devices, options, runtime.handle().clone())
             .map_err(|e| Problem::with("the record", e))?;
         // Serving without the first look is right, too: what was not seen is `unknown` until then.
-        let _ = runtime.block_on(async { tokio::time::timeout(FIRST_LOOK, engine.first_round()).await });
+        let most = if adopted.is_some() { FIRST_LOOK_ADOPTED } else { FIRST_LOOK };
+        let _ = runtime.block_on(async { tokio::time::timeout(most, engine.first_round()).await });
         give_back_memory();
+        let is_adopted = adopted.is_some();
         let serving = fs::serve(
             engine.clone(),
             fs::Options {
@@ -105,10 +130,17 @@ impl Daemon {
                 gid: config.group.gid,
                 export_template: config.export_name.template().to_owned(),
             },
+            memory.clone(),
+            adopted,
         )
         .map_err(|e| Problem(e.to_string()))?;
+        if let Err(problem) = handover.serving(serving.fuse(), memory.as_ref(), is_adopted) {
+            serving.stop();
+            return Err(problem);
+        }
         tracing::info!(at = %config.mountpoint.display(), state = %config.state_dir.display(), "the tree answers");
-        Ok(Daemon { engine, serving, runtime })
+        drop(_inside);
+        Ok((engine, serving, runtime))
     }
 
     /// Serves until SIGTERM, SIGINT, or until the mount is gone.
@@ -117,11 +149,19 @@ impl Daemon {
         let why = self.runtime.block_on(async {
             let mut terminate = signal(SignalKind::terminate()).map_err(|e| Problem::with("cannot hear SIGTERM", e))?;
             let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| Problem::with("cannot hear SIGINT", e))?;
-            Ok::<_, Problem>(tokio::select! {
-                _ = terminate.recv() => "SIGTERM",
-                _ = interrupt.recv() => "SIGINT",
-                _ = ended.wait_for(Option::is_some) => "the mount is gone",
-            })
+            let mut kept = true;
+            loop {
+                break Ok::<_, Problem>(tokio::select! {
+                    _ = terminate.recv() => "SIGTERM",
+                    _ = interrupt.recv() => "SIGINT",
+                    _ = ended.wait_for(Option::is_some) => "the mount is gone",
+                    () = self.handover.ended(), if kept => {
+                        kept = false;
+                        self.engine.nobody_follows();
+                        continue;
+                    }
+                });
+            }
         })?;
         tracing::info!("stopping: {why}");
         self.stop();
@@ -130,12 +170,35 @@ impl Daemon {
 
     /// Ends it: parked callers are answered, the mount is taken away.
     pub fn stop(self) {
-        let Daemon { engine, serving, runtime } = self;
+        let Daemon { engine, serving, runtime, handover } = self;
+        handover.stopping();
         engine.shut_down();
         serving.stop();
         drop(engine);
         runtime.shutdown_timeout(WORKERS_END);
     }
+}
+
+/// The event stream, going on from the daemon before, and kept for the next one.
+fn events(memory: Option<&Arc<Memory>>, adopted: Option<&Adopted>) -> Events {
+    let Some(memory) = memory.cloned() else { return Events::new(EVENTS_KEPT) };
+    let event = |e: &kept::KeptEvent| Event { seq: e.seq, job: e.job.map(JobRow), line: e.line.as_str().into() };
+    let earlier = adopted.map_or(Vec::new(), |a| a.left.events.iter().map(event).collect());
+    let keep = move |event: &Event| memory.event(event.seq, event.job.map(|job| job.0), &event.line);
+    Events::continued(EVENTS_KEPT, earlier, Some(Box::new(keep)))
+}
+
+/// The operations that callers of the daemon before still wait for.
+fn asked(adopted: &Adopted) -> Vec<Fence> {
+    adopted.left.requests.iter().filter_map(|(_, asked)| asked.fence.map(Fence)).collect()
+}
+
+/// Whether this program reads the record that another daemon has open; changes nothing.
+pub fn readable(config: &Config) -> Result<(), Problem> {
+    SqliteStore::open_read_only(&config.state_dir)
+        .and_then(|store| store.load(0))
+        .map(drop)
+        .map_err(|e| Problem::with("this version cannot take over", e))
 }
 
 /// One heap for all threads: the worker threads' own would each keep what a survey of thousands of

@@ -4,9 +4,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +15,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::config::{Config, DEFAULT_BACKGROUND_LOG, Problem};
 use crate::daemon::Daemon;
+use crate::handover::Handover;
+use crate::keeper::{self, ended};
 
 /// The type of our mounts in mountinfo.
 pub const FS_TYPE: &str = "fuse.volfs";
@@ -30,15 +31,44 @@ pub fn need_root() -> Result<(), Problem> {
     Err(Problem("this needs root: it mounts a filesystem and attaches block devices".into()))
 }
 
-/// Serves the tree until a signal, or until the mount is taken away. With `answer` standard output
-/// belongs to the process that started us with [`spawn`], and is told when the tree answers.
+/// Runs a keeper, and below it the daemon that serves the tree, until a signal, or until the mount is
+/// taken away. `answer` as for [`mount`].
+pub fn keep(config: &Config, answer: bool) -> Result<(), Problem> {
+    let kept = need_root().and_then(|()| {
+        prepare(config, answer)?;
+        keeper::run(own_program()?, answer)
+    });
+    if let (Err(problem), true) = (&kept, answer) {
+        // Nobody listens once the tree has answered.
+        let _ = writeln!(io::stdout(), "{}", problem.to_string().replace('\n', "; "));
+    }
+    kept
+}
+
+/// The daemon that a keeper has started.
+pub fn kept(config: &Config) -> Result<(), Problem> {
+    keeper::hear_signals()?;
+    let (handover, held) = Handover::from_keeper()?;
+    // Standard output is the keeper's; its log is ours.
+    log_to(config.log_file.as_deref(), &config.log)?;
+    Daemon::start(config, handover, held)?.run_until_signal()
+}
+
+fn prepare(config: &Config, answer: bool) -> Result<(), Problem> {
+    if answer {
+        leave_terminal()?;
+    }
+    log_to(config.log_file.as_deref().filter(|_| !answer), &config.log)
+}
+
+/// Serves the tree until a signal, or until the mount is taken away; nobody follows when it dies but
+/// a service manager. With `answer` standard output belongs to the process that started us with
+/// [`spawn`], and is told when the tree answers.
 pub fn mount(config: &Config, answer: bool) -> Result<(), Problem> {
     let outcome = need_root().and_then(|()| {
-        if answer {
-            leave_terminal()?;
-        }
-        log_to(config.log_file.as_deref().filter(|_| !answer), &config.log)?;
-        Daemon::start(config)
+        prepare(config, answer)?;
+        let (handover, held) = Handover::from_manager()?;
+        Daemon::start(config, handover, held)
     });
     if !answer {
         return outcome?.run_until_signal();
@@ -96,14 +126,6 @@ pub fn spawn(mut command: Command) -> Result<Child, Problem> {
     match words {
         "" => Err(Problem(format!("the daemon {} before its tree answered", ended(status)))),
         words => Err(Problem(words.to_owned())),
-    }
-}
-
-fn ended(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("ended with status {code}"),
-        (None, Some(signal)) => format!("was killed by signal {signal}"),
-        (None, None) => "ended".into(),
     }
 }
 
@@ -231,7 +253,7 @@ pub fn gone(process: &OwnedFd, most: Duration) -> Result<bool, Problem> {
 
 /// The processes that hold the FUSE connection of that number open. Kernels that do not tell in
 /// fdinfo (6.1 does not) yield none.
-fn daemons(connection: u32) -> Result<Vec<(i32, OwnedFd)>, Problem> {
+pub fn daemons(connection: u32) -> Result<Vec<(i32, OwnedFd)>, Problem> {
     let mut found = Vec::new();
     let entries = std::fs::read_dir("/proc").map_err(|e| Problem::with("/proc", e))?;
     for entry in entries {

@@ -55,6 +55,8 @@ pub(super) struct Core {
     pub most_history: usize,
     /// The record is being loaded: what it holds is no news.
     pub loading: bool,
+    /// The event stream is an earlier daemon's, and its readers are still there.
+    pub continued: bool,
     events: Vec<(Option<JobRow>, serde_json::Value)>,
 }
 
@@ -131,6 +133,7 @@ impl Core {
             accepting: true,
             most_history,
             loading: false,
+            continued: false,
             events: Vec::new(),
         }
     }
@@ -391,6 +394,7 @@ impl Core {
         target: Target,
         action: Action,
         caller: Arc<Caller>,
+        fence: Fence,
         parent: Option<OpId>,
         at: Timestamp,
     ) -> Live {
@@ -402,7 +406,7 @@ impl Core {
         };
         let live = Live {
             id,
-            fence: Fence::random(),
+            fence,
             action,
             target,
             ticket: Ticket::default(),
@@ -469,7 +473,10 @@ impl Core {
             "event": "begin", "operation": live.id, "command": &*spelled, "job": job.as_ref().map(|j| j.1.as_str()),
             "disk": disk.as_ref().map(DiskName::as_str), "volume": volume,
         });
-        self.event(job.as_ref().map(|j| j.0), fields);
+        // Told by the daemon that began it, to the same readers.
+        if !(live.recovering && self.continued) {
+            self.event(job.as_ref().map(|j| j.0), fields);
+        }
         self.world.operations.insert(
             live.id,
             Arc::new(Operation {

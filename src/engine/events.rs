@@ -39,9 +39,13 @@ pub enum Next {
 
 type Wake = Arc<dyn Fn() + Send + Sync>;
 
+/// Where each event is kept beyond this process: its number, job and line.
+pub type Keep = Box<dyn Fn(&Event) + Send + Sync>;
+
 /// The last events, and whom to wake.
 pub struct Events {
     ring: Mutex<Ring>,
+    keep: Option<Keep>,
     wake: Mutex<Option<Wake>>,
 }
 
@@ -54,7 +58,14 @@ struct Ring {
 impl Events {
     /// A ring of at most `most` events.
     pub fn new(most: usize) -> Self {
-        Self { ring: Mutex::new(Ring { next: 0, kept: VecDeque::new(), most: most.max(1) }), wake: Mutex::new(None) }
+        Self::continued(most, Vec::new(), None)
+    }
+
+    /// The same, going on after `earlier`, whose numbers rise by one.
+    pub fn continued(most: usize, earlier: Vec<Event>, keep: Option<Keep>) -> Self {
+        let next = earlier.last().map_or(0, |event| event.seq + 1);
+        let ring = Ring { next, kept: earlier.into(), most: most.max(1) };
+        Self { ring: Mutex::new(ring), keep, wake: Mutex::new(None) }
     }
 
     /// Calls `wake` whenever [`Events::wake`] is called: after pushes, outside the engine's locks.
@@ -75,8 +86,11 @@ impl Events {
         if ring.kept.len() == ring.most {
             ring.kept.pop_front();
         }
-        let line = line(seq).into();
-        ring.kept.push_back(Event { seq, job, line });
+        let event = Event { seq, job, line: line(seq).into() };
+        if let Some(keep) = &self.keep {
+            keep(&event);
+        }
+        ring.kept.push_back(event);
     }
 
     /// Tells the readers that something was pushed.

@@ -9,6 +9,7 @@ use imbl::{OrdMap, Vector};
 use super::Engine;
 use super::Target;
 use super::admission::Verdict;
+use super::asked::Asker;
 use super::core::{Core, Live};
 use super::operation::{Acted, Apply, Done, Fail};
 use super::snapshots::has_snapshots;
@@ -39,7 +40,8 @@ struct Small {
 
 impl Engine {
     /// mkdir of a job.
-    pub fn make_job(&self, id: JobId, caller: Caller) -> Ticket<JobRow> {
+    pub fn make_job(&self, id: JobId, asker: impl Into<Asker>) -> Ticket<JobRow> {
+        let asker = asker.into();
         let refused = self.changing().and_then(|()| {
             let mut core = self.core.lock();
             if core.world.job_rows.contains_key(&id) || !core.making.insert(id.clone()) {
@@ -49,7 +51,7 @@ impl Engine {
         });
         let row = match refused {
             Ok(row) => row,
-            Err(error) => return self.refuse_small(Target::Root, Verb::Mkdir, &caller, error),
+            Err(error) => return self.refuse_small(Target::Root, Verb::Mkdir, &asker.caller, error),
         };
         let at = (self.clock)();
         let (added, making) = (id.clone(), id.clone());
@@ -70,7 +72,7 @@ impl Engine {
                     core.making.remove(&making);
                 }),
             },
-            caller,
+            asker,
         );
         let made = Ticket::default();
         let answer = made.clone();
@@ -79,7 +81,8 @@ impl Engine {
     }
 
     /// rmdir of a job that owns nothing.
-    pub fn forget_job(&self, row: JobRow, caller: Caller) -> Ticket {
+    pub fn forget_job(&self, row: JobRow, asker: impl Into<Asker>) -> Ticket {
+        let asker = asker.into();
         let ready = self.changing().and_then(|()| {
             let mut core = self.core.lock();
             let job = core.world.jobs.get(&row).cloned().ok_or(Error::Stale)?;
@@ -98,7 +101,7 @@ impl Engine {
         });
         let id = match ready {
             Ok(id) => id,
-            Err(error) => return self.refuse_small(Target::Job(row), Verb::Rmdir, &caller, error),
+            Err(error) => return self.refuse_small(Target::Job(row), Verb::Rmdir, &asker.caller, error),
         };
         let at = (self.clock)();
         self.small(
@@ -112,12 +115,12 @@ impl Engine {
                 apply: Box::new(move |core, at| core.remove_job(row, at)),
                 give_up: Box::new(move |core, at| core.with_job(row, at, |job| job.running = None)),
             },
-            caller,
+            asker,
         )
     }
 
     /// A write to `vm_name`.
-    pub fn set_vm_name(&self, row: JobRow, value: String, caller: Caller) -> Ticket {
+    pub fn set_vm_name(&self, row: JobRow, value: String, asker: impl Into<Asker>) -> Ticket {
         let now: Arc<str> = value.as_str().into();
         let at = (self.clock)();
         let change = move |was: &Job| {
@@ -125,36 +128,37 @@ impl Engine {
             let back = Change::JobVmName { row, vm_name: was.to_string(), at: *since };
             (Change::JobVmName { row, vm_name: value, at }, back)
         };
-        self.set(row, "vm_name", caller, change, move |job, at| job.vm_name = (now, at))
+        self.set(row, "vm_name", asker.into(), change, move |job, at| job.vm_name = (now, at))
     }
 
     /// A write to `hold`; lowering it takes root.
-    pub fn set_hold(&self, row: JobRow, value: bool, caller: Caller) -> Ticket {
+    pub fn set_hold(&self, row: JobRow, value: bool, asker: impl Into<Asker>) -> Ticket {
+        let asker = asker.into();
         let held = self.world().jobs.get(&row).is_some_and(|j| j.hold.0);
-        if held && !value && !caller.is_root() {
+        if held && !value && !asker.caller.is_root() {
             let error = Error::RootOnly { what: "lowering `hold`" };
-            return self.refuse_small(Target::Job(row), Verb::Set, &caller, error);
+            return self.refuse_small(Target::Job(row), Verb::Set, &asker.caller, error);
         }
         let at = (self.clock)();
         let change = move |was: &Job| {
             let (was, since) = was.hold;
             (Change::JobHold { row, hold: value, at }, Change::JobHold { row, hold: was, at: since })
         };
-        self.set(row, "hold", caller, change, move |job, at| job.hold = (value, at))
+        self.set(row, "hold", asker, change, move |job, at| job.hold = (value, at))
     }
 
     fn set(
         &self,
         row: JobRow,
         value: &'static str,
-        caller: Caller,
+        asker: Asker,
         change: impl FnOnce(&Job) -> (Change, Change),
         show: impl FnOnce(&mut Job, Timestamp) + Send + 'static,
     ) -> Ticket {
         let job = self.changing().and_then(|()| self.world().jobs.get(&row).cloned().ok_or(Error::Stale));
         let job = match job {
             Ok(job) => job,
-            Err(error) => return self.refuse_small(Target::Job(row), Verb::Set, &caller, error),
+            Err(error) => return self.refuse_small(Target::Job(row), Verb::Set, &asker.caller, error),
         };
         let (change, undo) = change(&job);
         let small = Small {
@@ -167,7 +171,7 @@ impl Engine {
             apply: Box::new(move |core, at| core.with_job(row, at, |job| show(job, at))),
             give_up: Box::new(|_, _| {}),
         };
-        self.small(small, caller)
+        self.small(small, asker)
     }
 
     fn refuse_small<T: Clone>(&self, target: Target, verb: Verb, caller: &Caller, error: Error) -> Ticket<T> {
@@ -176,7 +180,7 @@ impl Engine {
     }
 
     /// Commits a small change with its history, waits at most a second, and takes a late one back.
-    fn small(&self, small: Small, caller: Caller) -> Ticket {
+    fn small(&self, small: Small, Asker { caller, fence }: Asker) -> Ticket {
         let ticket = Ticket::default();
         let answer = ticket.clone();
         let Some(engine) = self.me.upgrade() else { return Ticket::done(Err(Error::ShuttingDown)) };
@@ -187,7 +191,7 @@ impl Engine {
             let op = engine.core.lock().next_op();
             let row = OpRow {
                 id: op,
-                fence: Fence::random(),
+                fence,
                 verb,
                 command: command.clone(),
                 job: Some(job),
@@ -403,7 +407,7 @@ impl Engine {
     async fn part(self: &Arc<Self>, parent: &Live, volume: &Volume, action: Action) -> Result<(), Error> {
         let target = Target::Volume(volume.row);
         let caller = parent.caller.clone();
-        let live = self.publish(|core, at| core.begin(target, action, caller, Some(parent.id), at));
+        let live = self.publish(|core, at| core.begin(target, action, caller, Fence::random(), Some(parent.id), at));
         let ticket = live.ticket.clone();
         Box::pin(self.clone().drive(live)).await;
         ticket.wait().await

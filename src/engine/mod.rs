@@ -23,11 +23,12 @@ use crate::devices::Devices;
 use crate::error::{Errno, Error};
 use crate::failpoint;
 use crate::model::{
-    Caller, DevNo, DiskRow, Holder, Incarnation, JobRow, MapRow, OpId, Outcome, RecordId, Status, Timestamp, Verb, VmId,
+    Caller, DevNo, DiskRow, Fence, Holder, Incarnation, JobRow, MapRow, OpId, Outcome, RecordId, Status, Timestamp, Verb, VmId,
 };
 use crate::store::Store;
 
 mod admission;
+mod asked;
 mod core;
 mod decide;
 mod detach;
@@ -48,10 +49,11 @@ mod views;
 mod volume;
 pub mod world;
 
+pub use asked::{Asker, Earlier};
 pub use events::Events;
 pub use host::is_here;
 pub use ticket::Ticket;
-pub use world::World;
+pub use world::{Component, World};
 
 use admission::Verdict;
 use core::Core;
@@ -77,8 +79,10 @@ pub struct Options {
     pub foreign: bool,
     /// Rows of `history` at the root.
     pub history: usize,
-    /// Events kept for slow readers.
-    pub events: usize,
+    /// Events for slow readers, those of an earlier daemon among them.
+    pub events: Arc<Events>,
+    /// The operations that callers of an earlier daemon still wait for.
+    pub asked: Vec<Fence>,
     /// Wall clock.
     pub clock: Clock,
 }
@@ -116,6 +120,14 @@ pub struct Submitted {
     pub deadline: Option<Duration>,
     /// The operation behind it, if one runs: for the sentence when the caller stops waiting.
     pub op: Option<OpId>,
+    /// That operation's identity: the caller's own, or that of the one it has joined.
+    pub fence: Option<Fence>,
+}
+
+impl Submitted {
+    fn unjournaled(ticket: Ticket) -> Self {
+        Self { ticket, deadline: None, op: None, fence: None }
+    }
 }
 
 /// Why a caller stops waiting.
@@ -132,7 +144,7 @@ pub struct Engine {
     me: Weak<Engine>,
     core: Mutex<Core>,
     world: ArcSwap<World>,
-    events: Events,
+    events: Arc<Events>,
     watchers: Mutex<Vec<Watcher>>,
     store: Arc<dyn Store>,
     cloud: Arc<dyn Cloud>,
@@ -152,6 +164,7 @@ pub struct Engine {
     closing: Arc<Notify>,
     rounds: tokio::sync::Mutex<()>,
     rounds_ended: tokio::sync::watch::Sender<u64>,
+    asked: Mutex<asked::Asked>,
 }
 
 type Watcher = Arc<dyn Fn(&Arc<World>) + Send + Sync>;
@@ -173,32 +186,33 @@ impl Engine {
     }
 
     /// Admits a command and starts it. An immediate refusal is a ticket that is done.
-    pub fn submit(&self, target: Target, command: Command, caller: Caller) -> Submitted {
+    pub fn submit(&self, target: Target, command: Command, asker: impl Into<Asker>) -> Submitted {
+        let Asker { caller, fence } = asker.into();
         let wanted = command.timeout.map_or(command.action.verb().default_timeout(), |t| (!t.is_zero()).then_some(t));
         let deadline = if caller.pid == 0 { Some(wanted.map_or(BLIND_WAIT, |t| t.min(BLIND_WAIT))) } else { wanted };
         let nowait = command.nowait;
-        let submitted = self.submit_as(target, command.action, &Arc::new(caller), None);
+        let submitted = self.try_submit(target, command.action, (&Arc::new(caller), fence), None, true);
         let ticket = match submitted.op {
             Some(id) if nowait => self.core.lock().live.get(&id).map_or(submitted.ticket, |l| l.journaled.clone()),
             _ => submitted.ticket,
         };
-        Submitted { ticket, deadline, op: submitted.op }
+        Submitted { ticket, deadline, ..submitted }
     }
 
-    /// As [`Engine::submit`], possibly as a part of a job's operation.
+    /// As [`Engine::submit`], as a part of a job's operation.
     fn submit_as(&self, target: Target, action: Action, caller: &Arc<Caller>, parent: Option<OpId>) -> Submitted {
-        self.try_submit(target, action, caller, parent, true)
+        self.try_submit(target, action, (caller, Fence::random()), parent, true)
     }
 
     fn try_submit(
         &self,
         target: Target,
         action: Action,
-        caller: &Arc<Caller>,
+        (caller, fence): (&Arc<Caller>, Fence),
         parent: Option<OpId>,
         reconcile_first: bool,
     ) -> Submitted {
-        let done = |outcome| Submitted { ticket: Ticket::done(outcome), deadline: None, op: None };
+        let done = |outcome| Submitted::unjournaled(Ticket::done(outcome));
         let Some(engine) = self.me.upgrade() else { return done(Err(Error::ShuttingDown)) };
         if let Err(error) = self.changing() {
             self.note_failure(target, action.verb().as_str(), caller, &error);
@@ -213,7 +227,7 @@ impl Engine {
             let begun = (verdict == Verdict::Start && journaled).then(|| {
                 let at = (self.clock)();
                 core.watch_vm(&action, self.host);
-                core.begin(target, action.clone(), caller.clone(), parent, at)
+                core.begin(target, action.clone(), caller.clone(), fence, parent, at)
             });
             (verdict, begun)
         };
@@ -221,18 +235,18 @@ impl Engine {
             self.publish(|_, _| ());
             let (ticket, id) = (live.ticket.clone(), live.id);
             self.runtime.spawn(engine.drive(live));
-            return Submitted { ticket, deadline: None, op: Some(id) };
+            return Submitted { ticket, deadline: None, op: Some(id), fence: Some(fence) };
         }
         match verdict {
             Verdict::Join(id) => {
                 let ticket = self.publish(|core, _| {
                     core.joined(id);
-                    core.live.get(&id).map(|l| l.ticket.clone())
+                    core.live.get(&id).map(|l| (l.ticket.clone(), l.fence))
                 });
                 // It ended between the two locks: its outcome is in the record, ask again.
                 match ticket {
-                    Some(ticket) => Submitted { ticket, deadline: None, op: Some(id) },
-                    None => self.try_submit(target, action, caller, parent, reconcile_first),
+                    Some((ticket, fence)) => Submitted { ticket, deadline: None, op: Some(id), fence: Some(fence) },
+                    None => self.try_submit(target, action, (caller, fence), parent, reconcile_first),
                 }
             }
             Verdict::AlreadyDone => {
@@ -249,7 +263,7 @@ impl Engine {
             }),
             Verdict::Reconcile => done_later(&self.runtime, {
                 let caller = caller.clone();
-                async move { engine.reconcile_then(target, action, &caller, parent, reconcile_first).await }
+                async move { engine.reconcile_then(target, action, (&caller, fence), parent, reconcile_first).await }
             }),
         }
     }
@@ -259,7 +273,7 @@ impl Engine {
         self: Arc<Self>,
         target: Target,
         action: Action,
-        caller: &Arc<Caller>,
+        (caller, fence): (&Arc<Caller>, Fence),
         parent: Option<OpId>,
         first: bool,
     ) -> Result<(), Error> {
@@ -289,7 +303,7 @@ impl Engine {
             self.note_failure(target, action.verb().as_str(), caller, &error);
             return Err(error);
         }
-        self.try_submit(target, action, caller, parent, false).ticket.wait().await
+        self.try_submit(target, action, (caller, fence), parent, false).ticket.wait().await
     }
 
     /// Commands that change nothing by themselves, and are not journaled.
@@ -458,6 +472,16 @@ impl Engine {
         ticket
     }
 
+    /// Whoever would start the next daemon is gone: `health` says so.
+    pub fn nobody_follows(&self) {
+        let words = "the keeper is gone: when this daemon dies, its mount ends and callers get ENOTCONN";
+        tracing::error!("{words}");
+        self.publish(|core, at| {
+            core.world.health.keeper = Component::Degraded(words.into());
+            core.world.health.at = at;
+        });
+    }
+
     /// Refuses commands from now on. What runs is left to the journal; its waiters are the caller's
     /// to answer.
     pub fn shut_down(&self) {
@@ -492,7 +516,7 @@ fn done_later(
         let defect = || Err(Error::Internal { what: "a defect in volfs stopped the command: see the log".into() });
         answer.complete(outcome.unwrap_or_else(|_| defect()));
     });
-    Submitted { ticket, deadline: None, op: None }
+    Submitted::unjournaled(ticket)
 }
 
 impl Core {

@@ -18,6 +18,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 
 use super::Engine;
+use super::asked::detail;
 use super::core::{Core, Live};
 use super::world::{Component, Running, Volume};
 use crate::cloud::{Call, CloudError, CloudVolume, Refusal};
@@ -270,6 +271,8 @@ impl Engine {
             changes.push(Change::VolumeStatus { volume: v.uuid, status: Status::Unknown, at });
         }
         let end = Change::OpEnd { id: live.id, outcome, sentence: sentence.clone(), at };
+        let step = "ended".to_owned();
+        changes.push(Change::OpStep { id: live.id, step, detail: detail(live.epoch, Some(error.errno())) });
         changes.push(end.clone());
         let mut recorded = true;
         if let Err(store) = self.store.commit(changes).await {
@@ -315,7 +318,7 @@ impl Engine {
             volume,
             disk,
             parent: live.parent,
-            detail: serde_json::json!({ "epoch": live.epoch }).to_string(),
+            detail: detail(live.epoch, None),
             step: "journal".into(),
             caller: (*live.caller).clone(),
             host: self.host,

@@ -45,6 +45,16 @@ fn left(fail: Fail) -> Found {
     }
 }
 
+/// Whether an operation that a crash cut off before it had begun changed nothing, so that it can be
+/// given again; the others may have been done in part.
+pub(super) fn begins_again(verb: Verb, on_volume: bool) -> bool {
+    match verb {
+        Verb::Snapshot | Verb::DeleteSnapshot => on_volume,
+        Verb::Revert => false,
+        _ => true,
+    }
+}
+
 /// What is said of an operation that was not finished: nothing had begun, but where it is about many
 /// volumes, or where no look tells whether it was done.
 fn cut_short(live: &Live, what: String) -> Error {

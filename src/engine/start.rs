@@ -8,12 +8,13 @@ use imbl::{OrdMap, Vector};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use super::asked::Asked;
 use super::core::Core;
 use super::host::Proof;
 use super::jobs::new_job;
 use super::ownership::blank;
 use super::world::{Component, Counters, Health, HistoryRow, Mapping, Times, Volume, World};
-use super::{Engine, Events, Options};
+use super::{Engine, Options};
 use crate::cloud::Cloud;
 use crate::devices::Devices;
 use crate::model::{Caller, Disk, JobId, OpId, Outcome, Status, Timestamp, Verb};
@@ -40,6 +41,7 @@ impl Engine {
         let journaled = loaded.unfinished.iter().chain(loaded.history.iter().map(|(op, _)| op));
         next.epoch = next.epoch.max(journaled.map(|op| super::recovery::epoch_of(op) + 1).max().unwrap_or(0));
         let mut core = Core::new(world, next, options.history);
+        core.continued = options.events.position() > 0;
         if let (true, Some(why)) = (options.foreign, &read_only) {
             core.world.health.store = Component::Down(why.clone());
         }
@@ -50,12 +52,13 @@ impl Engine {
         core.fill(&loaded, &disks.unwrap_or_default(), &*devices, about.host, at);
         let unfinished: Vec<OpRow> = loaded.unfinished.clone();
         let world = Arc::new(core.world.clone());
+        let asked = Mutex::new(Asked::ended(&options.asked, &loaded));
         let proof = if about.prove_host { Proof::Unseen } else { Proof::NotNeeded };
         let engine = Arc::new_cyclic(|me| Engine {
             me: me.clone(),
             core: Mutex::new(core),
             world: ArcSwap::new(world),
-            events: Events::new(options.events),
+            events: options.events,
             watchers: Mutex::new(Vec::new()),
             store,
             cloud,
@@ -75,11 +78,17 @@ impl Engine {
             closing: Arc::new(Notify::new()),
             rounds: tokio::sync::Mutex::new(()),
             rounds_ended: tokio::sync::watch::Sender::new(0),
+            asked,
         });
         if engine.read_only.is_none() {
             for row in unfinished {
                 match engine.take_over(&row) {
-                    Some(live) => drop(runtime.spawn(engine.clone().recover(live))),
+                    Some(live) => {
+                        if options.asked.contains(&live.fence) {
+                            engine.asked.lock().running(&live);
+                        }
+                        runtime.spawn(engine.clone().recover(live));
+                    }
                     None => drop(runtime.spawn({
                         let engine = engine.clone();
                         async move { engine.close_stray(&row).await }
@@ -135,6 +144,7 @@ fn empty_world(
             store: Component::Ok,
             devices: Component::Ok,
             reconciler: Component::Ok,
+            keeper: Component::Ok,
             at,
         },
         counters: Counters::default(),

@@ -389,6 +389,8 @@ pub struct Health {
     pub devices: Component,
     /// The interval's work.
     pub reconciler: Component,
+    /// Whoever starts the next daemon when this one dies.
+    pub keeper: Component,
     /// When any of them last changed.
     pub at: Timestamp,
 }

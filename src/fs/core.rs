@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::command::{Action, Command};
-use crate::engine::{DeviceNow, Engine, Events, Left, Submitted, Target, Ticket, World};
+use crate::engine::{Asker, DeviceNow, Earlier, Engine, Events, Left, Submitted, Target, Ticket, World};
 use crate::error::{Errno, Error};
-use crate::model::{Caller, DiskRow, Holder, JobId, JobRow, MapRow, OpId, Verb};
+use crate::model::{Caller, DiskRow, Fence, Holder, JobId, JobRow, MapRow, OpId, Verb};
 
 /// Called after each publish.
 pub type OnPublish = Arc<dyn Fn(&Arc<World>) + Send + Sync>;
@@ -16,14 +16,15 @@ pub trait Core: Send + Sync + 'static {
     fn world(&self) -> Arc<World>;
     fn events(&self) -> &Events;
     fn on_publish(&self, f: OnPublish);
-    fn submit(&self, target: Target, command: Command, caller: Caller) -> Submitted;
+    fn submit(&self, target: Target, command: Command, asker: Asker) -> Submitted;
+    fn earlier(&self, fence: Fence) -> Option<Earlier>;
     fn would(&self, target: Target, action: &Action) -> Result<(), Error>;
     fn note_failure(&self, target: Target, verb: &str, caller: &Caller, error: &Error);
     fn caller_left(&self, target: Target, verb: Verb, op: Option<OpId>, caller: &Caller, left: Left) -> Errno;
-    fn make_job(&self, id: JobId, caller: Caller) -> Ticket<JobRow>;
-    fn forget_job(&self, job: JobRow, caller: Caller) -> Ticket;
-    fn set_vm_name(&self, job: JobRow, value: String, caller: Caller) -> Ticket;
-    fn set_hold(&self, job: JobRow, value: bool, caller: Caller) -> Ticket;
+    fn make_job(&self, id: JobId, asker: Asker) -> Ticket<JobRow>;
+    fn forget_job(&self, job: JobRow, asker: Asker) -> Ticket;
+    fn set_vm_name(&self, job: JobRow, value: String, asker: Asker) -> Ticket;
+    fn set_hold(&self, job: JobRow, value: bool, asker: Asker) -> Ticket;
     fn device(&self, volume: DiskRow) -> Result<DeviceNow, Error>;
     fn mapped(&self, mapping: MapRow) -> Result<DeviceNow, Error>;
     fn holders(&self, volume: DiskRow) -> Ticket<Arc<Vec<Holder>>>;
@@ -39,8 +40,11 @@ impl Core for Engine {
     fn on_publish(&self, f: OnPublish) {
         Engine::on_publish(self, f);
     }
-    fn submit(&self, target: Target, command: Command, caller: Caller) -> Submitted {
-        Engine::submit(self, target, command, caller)
+    fn submit(&self, target: Target, command: Command, asker: Asker) -> Submitted {
+        Engine::submit(self, target, command, asker)
+    }
+    fn earlier(&self, fence: Fence) -> Option<Earlier> {
+        Engine::earlier(self, fence)
     }
     fn would(&self, target: Target, action: &Action) -> Result<(), Error> {
         Engine::would(self, target, action)
@@ -51,17 +55,17 @@ impl Core for Engine {
     fn caller_left(&self, target: Target, verb: Verb, op: Option<OpId>, caller: &Caller, left: Left) -> Errno {
         Engine::caller_left(self, target, verb, op, caller, left)
     }
-    fn make_job(&self, id: JobId, caller: Caller) -> Ticket<JobRow> {
-        Engine::make_job(self, id, caller)
+    fn make_job(&self, id: JobId, asker: Asker) -> Ticket<JobRow> {
+        Engine::make_job(self, id, asker)
     }
-    fn forget_job(&self, job: JobRow, caller: Caller) -> Ticket {
-        Engine::forget_job(self, job, caller)
+    fn forget_job(&self, job: JobRow, asker: Asker) -> Ticket {
+        Engine::forget_job(self, job, asker)
     }
-    fn set_vm_name(&self, job: JobRow, value: String, caller: Caller) -> Ticket {
-        Engine::set_vm_name(self, job, value, caller)
+    fn set_vm_name(&self, job: JobRow, value: String, asker: Asker) -> Ticket {
+        Engine::set_vm_name(self, job, value, asker)
     }
-    fn set_hold(&self, job: JobRow, value: bool, caller: Caller) -> Ticket {
-        Engine::set_hold(self, job, value, caller)
+    fn set_hold(&self, job: JobRow, value: bool, asker: Asker) -> Ticket {
+        Engine::set_hold(self, job, value, asker)
     }
     fn device(&self, volume: DiskRow) -> Result<DeviceNow, Error> {
         Engine::device(self, volume)

@@ -2,14 +2,15 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{FileAttr, FileType, FopenFlags, INodeNo, ReplyData, ReplyDirectory, ReplyOpen};
 use parking_lot::Mutex;
 
 use super::core::Core;
-use super::handles::{Handle, Handles, State, Stream, Value};
+use super::before::Before;
+use super::handles::{Handle, Handles, Listing, Print, State, Stream, Value};
 use super::node::{JobFile, Node, RootFile, SERIAL_MASK, VolumeFile};
 use super::notify::Bell;
 use super::tree::{self, ExportNames, Kind, View};
@@ -17,7 +18,8 @@ use super::waiters::{Parked, Reply, Waiters, Waits};
 use super::{errno, render};
 use crate::engine::World;
 use crate::error::{Errno, Error};
-use crate::model::{DevNo, DiskRow, Holder, Timestamp};
+use crate::kept::Memory;
+use crate::model::{DevNo, DiskRow, Holder, JobRow, Timestamp};
 
 /// How long an open of `holders` waits for the walk of /proc: it is bounded, but not by us.
 const HOLDERS_MOST: Duration = Duration::from_secs(10);
@@ -29,7 +31,44 @@ pub struct Wanted {
     pub size: usize,
     /// O_NONBLOCK: nothing yet is EAGAIN.
     pub nonblock: bool,
+    pub who: Who,
+}
+
+/// A request, as far as it outlives its handler.
+#[derive(Clone, Copy)]
+pub struct Who {
+    /// The caller's thread.
     pub pid: u32,
+    /// The request's number; its highest bit says that the kernel has sent it again.
+    pub unique: u64,
+}
+
+/// Serials of `control`: none is given twice while the mount lasts, by whatever daemon.
+struct Serial {
+    next: AtomicU64,
+    /// Below it the memory knows them as used.
+    kept: AtomicU64,
+    memory: Option<Arc<Memory>>,
+}
+
+/// Serials are kept in blocks of so many.
+const SERIAL_BLOCK: u64 = 4096;
+
+impl Serial {
+    fn new(first: u64, memory: Option<Arc<Memory>>) -> Self {
+        Self { next: AtomicU64::new(first), kept: AtomicU64::new(first), memory }
+    }
+
+    fn next(&self) -> u32 {
+        let serial = self.next.fetch_add(1, Ordering::Relaxed);
+        if let Some(memory) = &self.memory
+            && serial >= self.kept.load(Ordering::Relaxed)
+        {
+            memory.serials_below(serial + SERIAL_BLOCK);
+            self.kept.store(serial + SERIAL_BLOCK, Ordering::Relaxed);
+        }
+        u32::try_from(serial & u64::from(SERIAL_MASK)).unwrap_or(0)
+    }
 }
 
 /// The state behind the handlers, shared with callbacks and the notifying thread.
@@ -40,7 +79,8 @@ pub struct Inner {
     pub handles: Handles,
     pub waiters: Waiters,
     pub bell: Bell,
-    serial: AtomicU32,
+    pub before: Before,
+    serial: Serial,
     cache: Mutex<HashMap<RootFile, Cached>>,
     /// Length of each volume's last `holders`, for st_size.
     holders: Mutex<HashMap<DiskRow, usize>>,
@@ -60,18 +100,19 @@ pub struct Rendered {
 }
 
 impl Inner {
-    pub fn new(core: Arc<dyn Core>, exports: ExportNames, gid: u32, waiters: Waiters) -> Self {
+    pub fn new(core: Arc<dyn Core>, exports: ExportNames, gid: u32, waiters: Waiters, before: Before) -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let micros = u64::try_from(now.as_micros()).unwrap_or(1);
         Self {
             core,
             exports,
             gid,
-            handles: Handles::new(micros),
+            handles: Handles::new(micros, before.memory.clone()),
             waiters,
             bell: Bell::default(),
             // Tenths of a second: 28 bits last ten months, longer than any lookup is remembered.
-            serial: AtomicU32::new(u32::try_from((micros / 100_000) & u64::from(SERIAL_MASK)).unwrap_or(0)),
+            serial: Serial::new(before.serial.unwrap_or(micros / 100_000), before.memory.clone()),
+            before,
             cache: Mutex::default(),
             holders: Mutex::default(),
         }
@@ -79,6 +120,15 @@ impl Inner {
 
     fn view<'a>(&'a self, world: &'a World) -> View<'a> {
         View { world, core: &*self.core, exports: &self.exports }
+    }
+
+    /// Whether that node is a stream, and of which job; `None`: it is none.
+    pub fn stream_of(&self, node: Node) -> Option<Option<JobRow>> {
+        match node {
+            Node::Root(RootFile::EventsAll) => Some(None),
+            Node::Job(row, JobFile::Events) => Some(Some(row)),
+            _ => None,
+        }
     }
 
     /// The node of an id; ESTALE for an id of nothing.
@@ -91,8 +141,7 @@ impl Inner {
         let view = self.view(&world);
         let node = match tree::lookup(&view, parent, name)? {
             Node::Control(target, _) => loop {
-                let serial = self.serial.fetch_add(1, Ordering::Relaxed) & SERIAL_MASK;
-                let node = Node::Control(target, serial);
+                let node = Node::Control(target, self.serial.next());
                 if !self.waiters.node_waits(node.id()) {
                     break node;
                 }
@@ -193,13 +242,16 @@ impl Inner {
     }
 
     /// OPEN. `holders` is answered when the walk of /proc is done.
-    pub fn open(self: &Arc<Self>, node: Node, flags: i32, pid: u32, reply: ReplyOpen) {
+    pub fn open(self: &Arc<Self>, node: Node, flags: i32, who: Who, reply: ReplyOpen) {
         let opened = self.open_now(node, flags);
         match opened {
             Ok(Some(state)) => {
-                reply.opened(fuser::FileHandle(self.handles.add(node, state)), FopenFlags::FOPEN_DIRECT_IO)
+                // Not seekable: a shell's `read` would else take a block and seek back, past other events.
+                let stream = matches!(state, State::Stream(_)).then_some(FopenFlags::FOPEN_NONSEEKABLE);
+                let flags = FopenFlags::FOPEN_DIRECT_IO | stream.unwrap_or(FopenFlags::empty());
+                reply.opened(fuser::FileHandle(self.handles.add(node, state)), flags)
             }
-            Ok(None) => self.open_holders(node, pid, reply),
+            Ok(None) => self.open_holders(node, who, reply),
             Err(e) => reply.error(errno(e)),
         }
     }
@@ -217,24 +269,24 @@ impl Inner {
         }
         let world = self.core.world();
         tree::meta(&self.view(&world), node)?;
+        if let (Some(job), true) = (self.stream_of(node), mode != libc::O_WRONLY) {
+            return Ok(Some(State::Stream(Stream::new(job, self.core.events().position()))));
+        }
         Ok(Some(match node {
             _ if mode == libc::O_WRONLY => State::Writer,
-            Node::Root(RootFile::EventsAll) => State::Stream(Stream::new(None, self.core.events().position())),
-            Node::Job(row, JobFile::Events) => State::Stream(Stream::new(Some(row), self.core.events().position())),
             Node::Volume(_, VolumeFile::Holders) => return Ok(None),
             node => {
                 let Rendered { text, seq } = self.text(node)?;
-                State::Value(Value { text, seq, fresh: true, armed: None })
+                State::Value(Value::new(text, seq))
             }
         }))
     }
 
-    fn open_holders(self: &Arc<Self>, node: Node, pid: u32, reply: ReplyOpen) {
-        self.when_held(node, pid, Reply::Open(reply), |inner, node, text, reply| {
+    fn open_holders(self: &Arc<Self>, node: Node, who: Who, reply: ReplyOpen) {
+        self.when_held(node, who, Reply::Open(reply), |inner, node, text, reply| {
             let Reply::Open(reply) = reply else { return reply.error(Errno::EIO) };
             // Its own moment: no world's.
-            let value = Value { text, seq: u64::MAX, fresh: true, armed: None };
-            let fh = inner.handles.add(node, State::Value(value));
+            let fh = inner.handles.add(node, State::Value(Value::new(text, u64::MAX)));
             reply.opened(fuser::FileHandle(fh), FopenFlags::FOPEN_DIRECT_IO);
         });
     }
@@ -243,13 +295,14 @@ impl Inner {
     fn when_held(
         self: &Arc<Self>,
         node: Node,
-        pid: u32,
+        who: Who,
         reply: Reply,
         answer: impl FnOnce(&Self, Node, Arc<str>, Reply) + Send + 'static,
     ) {
         let Node::Volume(row, _) = node else { return reply.error(Errno::EIO) };
         let ticket = self.core.holders(row);
-        let parked = Parked { reply, waits: Waits::Answer, pid, most: Some(HOLDERS_MOST), node: node.id() };
+        let (pid, most, kept) = (who.pid, Some(HOLDERS_MOST), self.keep(node, who));
+        let parked = Parked { reply, waits: Waits::Answer, pid, most, node: node.id(), kept };
         let key = self.waiters.park(parked);
         let inner = Arc::downgrade(self);
         ticket.on_done(move |outcome: &Result<Arc<Vec<Holder>>, Error>| {
@@ -277,7 +330,7 @@ impl Inner {
 
     /// READ.
     pub fn read(self: &Arc<Self>, node: Node, fh: u64, wanted: Wanted, reply: ReplyData) {
-        let Wanted { offset, size, pid, .. } = wanted;
+        let Wanted { offset, size, who, .. } = wanted;
         let Some(handle) = self.handles.get(fh).filter(|h| h.node == node).or_else(|| self.adopt(node, fh, offset))
         else {
             return reply.error(errno(Errno::ESTALE));
@@ -287,7 +340,7 @@ impl Inner {
             State::Value(value) => value,
             State::Stream(_) => {
                 drop(state);
-                return self.read_stream(&handle, fh, wanted, reply);
+                return self.read_stream(&handle, wanted, reply);
             }
             State::Dir(..) => return reply.error(errno(Errno::EISDIR)),
             State::Writer => return reply.error(errno(Errno::EIO)),
@@ -297,39 +350,65 @@ impl Inner {
             let holders = matches!(node, Node::Volume(_, VolumeFile::Holders));
             if holders && !first {
                 drop(state);
-                return self.reread_holders(handle, size, pid, reply);
+                return self.reread_holders(handle, size, who, reply);
             }
             // What was rendered at the open is good for the first read if nothing has changed since.
             let still_good = holders || first && value.seq == self.core.world().seq;
             if !still_good {
                 match self.text(node) {
-                    Ok(now) => (value.text, value.seq) = (now.text, now.seq),
+                    Ok(now) => {
+                        value.set(now.text, now.seq);
+                        self.handles.keep(&handle, &state);
+                    }
                     // The object behind an open handle is gone.
                     Err(Errno::ESTALE) => return reply.error(errno(Errno::ENODEV)),
                     Err(e) => return reply.error(errno(e)),
                 }
             }
         }
-        reply.data(slice(&value.text, offset, size));
+        let State::Value(value) = &mut *state else { return reply.error(errno(Errno::EIO)) };
+        match &value.text {
+            Some(text) => reply.data(slice(text, offset, size)),
+            // Read to its end from the daemon before.
+            None if offset >= value.print.length => reply.data(&[]),
+            None => match self.text(node) {
+                Ok(now) if Print::of(&now.text) == value.print => {
+                    value.set(now.text, now.seq);
+                    reply.data(slice(value.text.as_deref().unwrap_or_default(), offset, size));
+                }
+                // Never the end of one text after the beginning of another.
+                _ => reply.error(errno(Errno::ESTALE)),
+            },
+        }
     }
 
     /// READDIR: from the listing of the open, made anew when it is read from the beginning again.
     pub fn readdir(&self, node: Node, fh: u64, offset: u64, mut reply: ReplyDirectory) {
         let handle = match self.handles.get(fh).filter(|h| h.node == node) {
             Some(handle) => handle,
-            None if offset == 0 => self.handles.insert(fh, node, State::Dir(Vec::new(), true)),
+            None if offset == 0 => self.handles.insert(fh, node, State::Dir(Listing::new(Vec::new()))),
             None => return reply.error(errno(Errno::ESTALE)),
         };
         let mut state = handle.state.lock();
-        let State::Dir(entries, again) = &mut *state else { return reply.error(errno(Errno::ENOTDIR)) };
-        if offset == 0 && std::mem::replace(again, true) {
+        let State::Dir(listing) = &mut *state else { return reply.error(errno(Errno::ENOTDIR)) };
+        let again = std::mem::replace(&mut listing.read, true);
+        if offset == 0 && again {
             match self.list(node) {
-                Ok(now) => *entries = now,
+                Ok(now) => listing.set(now),
                 Err(e) => return reply.error(errno(e)),
             }
+        } else if listing.entries.is_none() && offset < listing.length() {
+            match self.list(node) {
+                Ok(now) if listing.is_still(&now) => listing.set(now),
+                _ => return reply.error(errno(Errno::ESTALE)),
+            }
         }
+        if offset == 0 && again {
+            self.handles.keep(&handle, &state);
+        }
+        let State::Dir(listing) = &*state else { return reply.error(errno(Errno::ENOTDIR)) };
         let from = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (entry, after) in entries.iter().skip(from).zip(offset + 1..) {
+        for (entry, after) in listing.entries.as_deref().unwrap_or_default().iter().skip(from).zip(offset + 1..) {
             if reply.add(INodeNo(entry.node.ino()), after, file_type(entry.node.kind()), &entry.name) {
                 break;
             }
@@ -346,14 +425,17 @@ impl Inner {
         Some(self.handles.insert(fh, node, state))
     }
 
-    fn reread_holders(self: &Arc<Self>, handle: Arc<Handle>, size: usize, pid: u32, reply: ReplyData) {
+    fn reread_holders(self: &Arc<Self>, handle: Arc<Handle>, size: usize, who: Who, reply: ReplyData) {
         let node = handle.node;
-        self.when_held(node, pid, Reply::Data(reply), move |_, _, text, reply| {
+        self.when_held(node, who, Reply::Data(reply), move |inner, _, text, reply| {
             let Reply::Data(reply) = reply else { return reply.error(Errno::EIO) };
-            reply.data(slice(&text, 0, size));
-            if let State::Value(value) = &mut *handle.state.lock() {
-                value.text = text;
+            let mut state = handle.state.lock();
+            if let State::Value(value) = &mut *state {
+                value.set(text.clone(), u64::MAX);
             }
+            inner.handles.keep(&handle, &state);
+            drop(state);
+            reply.data(slice(&text, 0, size));
         });
     }
 }

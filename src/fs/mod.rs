@@ -8,6 +8,7 @@ use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -20,6 +21,7 @@ use fuser::{
 use crate::error::Errno;
 use crate::failpoint;
 
+mod before;
 mod commands;
 mod core;
 mod handles;
@@ -37,10 +39,10 @@ mod mounted_tests;
 mod testing;
 
 pub use self::core::Core;
-pub use mount::{DEFAULT_MOUNTPOINT, Ended, MountError, Options, Serving, serve};
+pub use mount::{Adopted, DEFAULT_MOUNTPOINT, Ended, MountError, Options, Serving, asked_of_the_kernel, serve, still_mounted, take_away};
 
-use handles::State;
-use inner::{Inner, Wanted};
+use handles::{Listing, State};
+use inner::{Inner, Wanted, Who};
 use node::{JobFile, Node, RootFile};
 
 /// Nothing is cached by the kernel: neither names nor attributes.
@@ -58,19 +60,33 @@ fn errno(e: Errno) -> fuser::Errno {
 /// The filesystem as the session calls it.
 struct Fs {
     inner: Arc<Inner>,
+    /// What the kernel offered at INIT.
+    offered: Arc<AtomicU64>,
 }
 
-/// Runs a handler. A panic would end the session's loop and leave a dead mount; as it is, the
-/// reply is dropped, which answers EIO.
-fn guard(what: &str, handler: impl FnOnce()) {
-    if catch_unwind(AssertUnwindSafe(handler)).is_err() {
-        tracing::error!("the handler of {what} panicked; its caller got EIO");
+/// What is asked of the kernel for the life of the mount, beside fuser's own.
+const WANTED: [InitFlags; 3] =
+    [InitFlags::FUSE_ATOMIC_O_TRUNC, InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_AUTO_INVAL_DATA];
+
+impl Fs {
+    /// Runs a handler. A panic would end the session's loop and leave a dead mount; as it is, the
+    /// reply is dropped, which answers EIO.
+    fn guard(&self, req: &Request, what: &str, handler: impl FnOnce()) {
+        self.inner.handling(req.unique().0);
+        if catch_unwind(AssertUnwindSafe(handler)).is_err() {
+            tracing::error!("the handler of {what} panicked; its caller got EIO");
+        }
+        self.inner.handling(0);
     }
 }
 
 /// The node and the name as text; a name that is none of ours anyway is ENOENT.
 fn named<'a>(inner: &Inner, parent: INodeNo, name: &'a OsStr) -> Result<(Node, &'a str), Errno> {
     Ok((inner.node(parent)?, name.to_str().ok_or(Errno::ENOENT)?))
+}
+
+fn who(req: &Request) -> Who {
+    Who { pid: req.pid(), unique: req.unique().0 }
 }
 
 /// SETATTR: truncation of what can be written and times succeed and do nothing.
@@ -87,8 +103,8 @@ impl Filesystem for Fs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         // These last as long as the mount (kernel fact 11). Asked for one by one: an older kernel
         // without one of them still has the others.
-        let wanted = [InitFlags::FUSE_ATOMIC_O_TRUNC, InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_AUTO_INVAL_DATA];
-        for flag in wanted {
+        self.offered.store(config.capabilities().bits(), Ordering::Relaxed);
+        for flag in WANTED {
             if config.add_capabilities(flag).is_err() {
                 tracing::warn!("this kernel's FUSE has no {flag:?}");
             }
@@ -104,8 +120,8 @@ impl Filesystem for Fs {
         self.inner.bell.end();
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        guard("lookup", || match named(&self.inner, parent, name).and_then(|(p, n)| self.inner.lookup(p, n)) {
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.guard(req, "lookup", || match named(&self.inner, parent, name).and_then(|(p, n)| self.inner.lookup(p, n)) {
             Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
             Err(e) => reply.error(errno(e)),
         });
@@ -113,8 +129,8 @@ impl Filesystem for Fs {
 
     fn forget(&self, _req: &Request, _ino: INodeNo, _nlookup: u64) {}
 
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        guard("getattr", || {
+    fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.guard(req, "getattr", || {
             if ino.0 == Node::Root(RootFile::Version).id() && failpoint::hit("fs.panic") {
                 return reply.error(errno(Errno::EIO));
             }
@@ -127,7 +143,7 @@ impl Filesystem for Fs {
 
     fn setattr(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -143,7 +159,7 @@ impl Filesystem for Fs {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        guard("setattr", || {
+        self.guard(req, "setattr", || {
             let owner = mode.is_some() || uid.is_some() || gid.is_some();
             let node = self.inner.node(ino);
             let done = node.and_then(|node| settable(node, owner, size.is_some()).and_then(|()| self.inner.attr(node)));
@@ -154,8 +170,8 @@ impl Filesystem for Fs {
         });
     }
 
-    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        guard("readlink", || match self.inner.node(ino).and_then(|node| self.inner.link(node)) {
+    fn readlink(&self, req: &Request, ino: INodeNo, reply: ReplyData) {
+        self.guard(req, "readlink", || match self.inner.node(ino).and_then(|node| self.inner.link(node)) {
             Ok(target) => reply.data(target.as_bytes()),
             Err(e) => reply.error(errno(e)),
         });
@@ -164,14 +180,14 @@ impl Filesystem for Fs {
     fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, _mode: u32, _umask: u32, reply: ReplyEntry) {
         // A name that is not text breaks the rule as any other does.
         let name = name.to_string_lossy();
-        guard("mkdir", || match self.inner.node(parent) {
+        self.guard(req, "mkdir", || match self.inner.node(parent) {
             Ok(parent) => self.inner.mkdir(req, parent, &name, reply),
             Err(e) => reply.error(errno(e)),
         });
     }
 
     fn rmdir(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        guard("rmdir", || match named(&self.inner, parent, name) {
+        self.guard(req, "rmdir", || match named(&self.inner, parent, name) {
             Ok((parent, name)) => self.inner.rmdir(req, parent, name, reply),
             Err(e) => reply.error(errno(e)),
         });
@@ -202,8 +218,8 @@ impl Filesystem for Fs {
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        guard("open", || match self.inner.node(ino) {
-            Ok(node) => self.inner.open(node, flags.0, req.pid(), reply),
+        self.guard(req, "open", || match self.inner.node(ino) {
+            Ok(node) => self.inner.open(node, flags.0, who(req), reply),
             Err(e) => reply.error(errno(e)),
         });
     }
@@ -221,8 +237,8 @@ impl Filesystem for Fs {
     ) {
         let nonblock = flags.0 & libc::O_NONBLOCK != 0;
         let size = usize::try_from(size).unwrap_or(usize::MAX);
-        let wanted = Wanted { offset, size, nonblock, pid: req.pid() };
-        guard("read", || match self.inner.node(ino) {
+        let wanted = Wanted { offset, size, nonblock, who: who(req) };
+        self.guard(req, "read", || match self.inner.node(ino) {
             Ok(node) => self.inner.read(node, fh.0, wanted, reply),
             Err(e) => reply.error(errno(e)),
         });
@@ -241,7 +257,7 @@ impl Filesystem for Fs {
         reply: ReplyWrite,
     ) {
         let nonblock = flags.0 & libc::O_NONBLOCK != 0;
-        guard("write", || match self.inner.node(ino) {
+        self.guard(req, "write", || match self.inner.node(ino) {
             Ok(node) => self.inner.write(req, node, data, nonblock, reply),
             Err(e) => reply.error(errno(e)),
         });
@@ -253,7 +269,7 @@ impl Filesystem for Fs {
 
     fn release(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino: INodeNo,
         fh: FileHandle,
         _flags: OpenFlags,
@@ -261,7 +277,7 @@ impl Filesystem for Fs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        guard("release", || {
+        self.guard(req, "release", || {
             self.inner.handles.release(fh.0);
             reply.ok();
         });
@@ -271,26 +287,26 @@ impl Filesystem for Fs {
         reply.ok();
     }
 
-    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let listed = |node| Ok((node, self.inner.list(node)?));
-        guard("opendir", || match self.inner.node(ino).and_then(listed) {
+        self.guard(req, "opendir", || match self.inner.node(ino).and_then(listed) {
             Ok((node, entries)) => {
-                let fh = self.inner.handles.add(node, State::Dir(entries, false));
+                let fh = self.inner.handles.add(node, State::Dir(Listing::new(entries)));
                 reply.opened(FileHandle(fh), FopenFlags::empty());
             }
             Err(e) => reply.error(errno(e)),
         });
     }
 
-    fn readdir(&self, _req: &Request, ino: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectory) {
-        guard("readdir", || match self.inner.node(ino) {
+    fn readdir(&self, req: &Request, ino: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectory) {
+        self.guard(req, "readdir", || match self.inner.node(ino) {
             Ok(node) => self.inner.readdir(node, fh.0, offset, reply),
             Err(e) => reply.error(errno(e)),
         });
     }
 
-    fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
-        guard("releasedir", || {
+    fn releasedir(&self, req: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        self.guard(req, "releasedir", || {
             self.inner.handles.release(fh.0);
             reply.ok();
         });
@@ -372,7 +388,7 @@ impl Filesystem for Fs {
 
     fn poll(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         ph: PollNotifier,
@@ -380,7 +396,7 @@ impl Filesystem for Fs {
         flags: PollFlags,
         reply: ReplyPoll,
     ) {
-        guard("poll", || match self.inner.node(ino) {
+        self.guard(req, "poll", || match self.inner.node(ino) {
             Ok(node) => self.inner.poll(node, fh.0, ph, flags, reply),
             Err(e) => reply.error(errno(e)),
         });

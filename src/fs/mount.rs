@@ -4,9 +4,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -16,16 +17,21 @@ use parking_lot::Mutex;
 use rustix::mount::{MountFlags, UnmountFlags};
 use tokio::sync::watch;
 
+use super::before::{self, Before};
 use super::core::Core;
 use super::inner::Inner;
 use super::tree::ExportNames;
 use super::waiters::Waiters;
 use super::{Fs, notify};
+use crate::failpoint;
+use crate::kept::{Connection, Left, Memory};
 
 /// Where the tree is mounted if nothing else is said.
 pub const DEFAULT_MOUNTPOINT: &str = "/run/volfs";
 
 const FS_TYPE: &str = "fuse.volfs";
+/// What the mount is for its life, beside the descriptor.
+const MOUNT_OPTIONS: &str = "rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions";
 /// How long a stop waits for the session to end, which it does when its last user leaves.
 const JOIN_MOST: Duration = Duration::from_secs(2);
 /// How long whatever is mounted there may take to answer a stat.
@@ -109,12 +115,50 @@ pub struct Serving {
     thread: JoinHandle<()>,
     finished: Mutex<mpsc::Receiver<()>>,
     request_timeout: Option<Duration>,
+    fuse: File,
 }
 
-/// Mounts the tree and serves it on a thread of its own.
-pub fn serve(core: Arc<dyn Core>, options: Options) -> Result<Serving, MountError> {
+/// A mount that the daemon before has left alive.
+pub struct Adopted {
+    /// Its connection.
+    pub fuse: File,
+    /// The connection's facts.
+    pub connection: Connection,
+    /// What else is known of it.
+    pub left: Left,
+}
+
+/// Whether that connection is still the one mounted there.
+pub fn still_mounted(connection: &Connection) -> bool {
+    still_ours(&connection.mountpoint, &connection.device).unwrap_or(false)
+}
+
+/// Takes that mount away, if it is still the one there.
+pub fn take_away(connection: &Connection) -> io::Result<()> {
+    match still_ours(&connection.mountpoint, &connection.device)? {
+        true => detach(&connection.mountpoint),
+        false => Ok(()),
+    }
+}
+
+/// What a mount of this version asks of the kernel for its life: flags of INIT, and mount options.
+pub fn asked_of_the_kernel() -> (u64, &'static str) {
+    (super::WANTED.iter().fold(0, |all, flag| all | flag.bits()), MOUNT_OPTIONS)
+}
+
+/// Mounts the tree, or adopts the mount of the daemon before, and serves it on a thread of its own.
+/// With a memory, the next daemon can adopt it.
+pub fn serve(
+    core: Arc<dyn Core>,
+    options: Options,
+    memory: Option<Arc<Memory>>,
+    adopted: Option<Adopted>,
+) -> Result<Serving, MountError> {
     let exports = ExportNames::parse(&options.export_template).map_err(MountError::Exports)?;
-    let path = prepare(&options.mountpoint)?;
+    let path = match &adopted {
+        Some(adopted) => adopted.connection.mountpoint.clone(),
+        None => prepare(&options.mountpoint)?,
+    };
     let request_timeout = request_timeout(Path::new("/proc/sys/fs/fuse"));
     if let Some(t) = request_timeout {
         tracing::warn!(
@@ -125,35 +169,146 @@ pub fn serve(core: Arc<dyn Core>, options: Options) -> Result<Serving, MountErro
     }
     let longest = request_timeout.map(below);
     let waiters = Waiters::start(core.clone(), longest).map_err(system("cannot start the waiters' thread"))?;
-    let inner = Arc::new(Inner::new(core, exports, options.gid, waiters));
+    let before = Before {
+        memory,
+        serial: adopted.as_ref().map(|a| a.left.serial).filter(|serial| *serial > 0),
+        resends: adopted.as_ref().map_or_else(resends, |a| a.connection.resends),
+        requests: Mutex::default(),
+    };
+    let inner = Arc::new(Inner::new(core, exports, options.gid, waiters, before));
+    let parts = Parts { inner, path, request_timeout };
+    match adopted {
+        Some(adopted) => parts.adopt(adopted),
+        None => parts.mount(),
+    }
+}
 
-    let fuse = File::options().read(true).write(true).open("/dev/fuse").map_err(system("cannot open /dev/fuse"))?;
-    mount(&fuse, &path)?;
-    let session = device_of(&path).and_then(|device| {
-        let mut config = Config::default();
-        config.acl = SessionACL::All;
-        let fs = Fs { inner: inner.clone() };
-        let session = Session::from_fd(fs, OwnedFd::from(fuse), SessionACL::All, config);
-        Ok((device, session.map_err(system("the FUSE handshake failed"))?))
-    });
-    let (device, session) = match session {
-        Ok(session) => session,
-        Err(e) => {
+/// Whether the kernel sends again what was not answered: 6.9 and later.
+fn resends() -> bool {
+    if failpoint::hit("keep.no-resend") {
+        return false;
+    }
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(6), Some(9))
+}
+
+/// What a session is made of.
+struct Parts {
+    inner: Arc<Inner>,
+    path: PathBuf,
+    request_timeout: Option<Duration>,
+}
+
+impl Parts {
+    fn mount(self) -> Result<Serving, MountError> {
+        let fuse = File::options().read(true).write(true).open("/dev/fuse").map_err(system("cannot open /dev/fuse"))?;
+        let own = fuse.try_clone().map_err(system("cannot keep /dev/fuse"))?;
+        let path = self.path.clone();
+        mount(&fuse, &path)?;
+        let serving = device_of(&path).and_then(|device| {
+            let offered = Arc::new(AtomicU64::new(0));
+            let session = session(&self.inner, OwnedFd::from(fuse), &offered)?;
+            if let Some(memory) = &self.inner.before.memory {
+                let (asked, options) = asked_of_the_kernel();
+                let facts = Connection {
+                    mountpoint: path.clone(),
+                    device: device.clone(),
+                    offered: offered.load(Ordering::Relaxed),
+                    asked,
+                    options: options.into(),
+                    resends: self.inner.before.resends,
+                };
+                memory.connected(&facts).map_err(system("cannot keep the connection's facts"))?;
+            }
+            self.serving(device, session, own)
+        });
+        if serving.is_err() {
             detach(&path).map_err(system("cannot unmount what was just mounted"))?;
-            return Err(e);
         }
-    };
-    let started = start(inner.clone(), session);
-    let (ended, thread, finished) = match started {
-        Ok(parts) => parts,
-        Err(e) => {
-            detach(&path).map_err(system("cannot unmount what was just mounted"))?;
-            return Err(system("cannot start a thread")(e));
+        let serving = serving?;
+        tracing::info!("mounted at {} as device {}", path.display(), serving.device);
+        Ok(serving)
+    }
+
+    /// Kernel fact 12: the handshake is played over a socket, whose number is the connection's then.
+    fn adopt(self, adopted: Adopted) -> Result<Serving, MountError> {
+        let Adopted { fuse, connection, left } = adopted;
+        let (ours, theirs) = rustix::net::socketpair(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::SEQPACKET,
+            rustix::net::SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(|e| system("cannot make a socket for the handshake")(e.into()))?;
+        rustix::io::write(&ours, &init_request(connection.offered))
+            .map_err(|e| system("cannot play the handshake")(e.into()))?;
+        let session = session(&self.inner, theirs, &Arc::default())?;
+        let number = session.as_fd().as_raw_fd();
+        // SAFETY: both numbers are open descriptors of ours; the session goes on with the same number,
+        // which is the connection from here on, and closes it once.
+        if unsafe { libc::dup3(fuse.as_raw_fd(), number, libc::O_CLOEXEC) } < 0 {
+            return Err(system("cannot put the connection in place")(io::Error::last_os_error()));
         }
-    };
-    tracing::info!("mounted at {} as device {device}", path.display());
-    let finished = Mutex::new(finished);
-    Ok(Serving { inner, mountpoint: path, device, ended, thread, finished, request_timeout })
+        drop(ours);
+        let inner = self.inner.clone();
+        for (fh, open) in &left.handles {
+            let world = |node| inner.stream_of(node);
+            if inner.handles.adopt(*fh, open, world).is_none() {
+                tracing::warn!("handle {fh:#x} of the daemon before means nothing here");
+            }
+        }
+        let requests = left.requests.len();
+        let fuse = Arc::new(fuse);
+        if connection.resends {
+            let places = left.requests.into_iter().map(|(place, asked)| (asked.unique, (place, asked)));
+            *inner.before.requests.lock() = places.collect();
+            before::resend(&fuse).map_err(system("cannot have unanswered requests sent again"))?;
+        } else {
+            inner.answer_left(&fuse, left.requests, left.current);
+        }
+        for poll in left.handles.iter().filter_map(|(_, open)| open.poll) {
+            // A poller that has gone is not there to be woken.
+            if let Err(error) = before::wake(&fuse, poll) {
+                tracing::debug!("a poller of the daemon before was not woken: {error}");
+            }
+        }
+        tracing::info!(
+            "the mount at {} is taken over, with {requests} requests that wait and {} open handles",
+            connection.mountpoint.display(),
+            left.handles.len()
+        );
+        let own = fuse.try_clone().map_err(system("cannot keep /dev/fuse"))?;
+        self.serving(connection.device, session, own)
+    }
+
+    fn serving(self, device: String, session: Session<Fs>, fuse: File) -> Result<Serving, MountError> {
+        let started = start(self.inner.clone(), session);
+        let (ended, thread, finished) = started.map_err(system("cannot start a thread"))?;
+        let Parts { inner, path: mountpoint, request_timeout } = self;
+        let finished = Mutex::new(finished);
+        Ok(Serving { inner, mountpoint, device, ended, thread, finished, request_timeout, fuse })
+    }
+}
+
+fn session(inner: &Arc<Inner>, fd: OwnedFd, offered: &Arc<AtomicU64>) -> Result<Session<Fs>, MountError> {
+    let mut config = Config::default();
+    config.acl = SessionACL::All;
+    let fs = Fs { inner: inner.clone(), offered: offered.clone() };
+    Session::from_fd(fs, fd, SessionACL::All, config).map_err(system("the FUSE handshake failed"))
+}
+
+/// A FUSE_INIT request of protocol 7.40 with these flags, as the kernel would send it.
+fn init_request(offered: u64) -> Vec<u8> {
+    const LENGTH: u32 = 104;
+    const FUSE_INIT: u32 = 26;
+    let (low, high) = (offered & u64::from(u32::MAX), offered >> 32);
+    let half = |n: u64| u32::try_from(n).unwrap_or(0);
+    // Length, opcode, then unique 1 and node 0 as two halves each, uid, gid, pid, padding.
+    let mut words = vec![LENGTH, FUSE_INIT, 1, 0, 0, 0, 0, 0, 0, 0];
+    words.extend([7, 40, 128 * 1024, half(low), half(high)]);
+    words.resize(LENGTH as usize / 4, 0);
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
 type Started = (Ended, JoinHandle<()>, mpsc::Receiver<()>);
@@ -165,6 +320,11 @@ fn start(inner: Arc<Inner>, session: Session<Fs>) -> io::Result<Started> {
     let thread = std::thread::Builder::new().name("volfs-session".into()).spawn(move || {
         let how: Arc<str> = match session.run() {
             Ok(()) => "the filesystem was unmounted, or its connection aborted".into(),
+            // Its callers wait for somebody who answers: the next daemon, if a keeper holds the mount.
+            Err(e) if inner.before.memory.is_some() => {
+                tracing::error!("the FUSE session failed: {e}; this daemon ends for another one");
+                std::process::abort();
+            }
             Err(e) => format!("the FUSE session failed: {e}").into(),
         };
         inner.waiters.shut_down();
@@ -186,6 +346,11 @@ impl Serving {
     /// connection's in `/sys/fs/fuse/connections`.
     pub fn device(&self) -> &str {
         &self.device
+    }
+
+    /// The connection, for whoever keeps it beyond this process.
+    pub fn fuse(&self) -> &File {
+        &self.fuse
     }
 
     /// The administrator's limit on a request's age, if there is one.
@@ -294,7 +459,7 @@ fn look(path: &Path) -> Option<io::Result<()>> {
 }
 
 fn mount(fuse: &File, path: &Path) -> Result<(), MountError> {
-    let data = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions", fuse.as_raw_fd());
+    let data = format!("fd={},{MOUNT_OPTIONS}", fuse.as_raw_fd());
     let data = std::ffi::CString::new(data).map_err(|e| system("the mount options")(e.into()))?;
     // Devices are allowed: `block` and `exports/` are the very disks.
     let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NOATIME;

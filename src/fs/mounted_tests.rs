@@ -31,7 +31,7 @@ impl Mount {
         let fake = Fake::new();
         let dir = tempfile::Builder::new().prefix("volfs-fs-").tempdir().unwrap();
         let options = Options { mountpoint: dir.path().into(), ..Options::default() };
-        let serving = Some(serve(fake.clone(), options).unwrap());
+        let serving = Some(serve(fake.clone(), options, None, None).unwrap());
         Self { dir, serving, fake }
     }
 

@@ -7,7 +7,7 @@ use fuser::{PollEvents, PollFlags, PollNotifier, ReplyData, ReplyPoll};
 use parking_lot::{Condvar, Mutex};
 
 use super::errno;
-use super::handles::{Handle, State, Stream};
+use super::handles::{Handle, Print, State, Stream};
 use super::inner::{Inner, Wanted};
 use super::node::{JobFile, Node, RootFile, VolumeFile};
 use super::waiters::{Parked, Reply, Waits};
@@ -98,7 +98,7 @@ impl Inner {
                 value.armed.take_if(changed).map(|(notifier, _)| notifier)
             }
             State::Stream(stream) => {
-                self.feed(handle.node, stream);
+                self.feed(handle, stream);
                 stream.armed.take_if(|(_, from)| self.event_since(stream.job, *from)).map(|(notifier, _)| notifier)
             }
             _ => None,
@@ -115,10 +115,10 @@ impl Inner {
     }
 
     /// Answers parked reads while there is something to give, or the job is gone.
-    fn feed(&self, node: Node, stream: &mut Stream) {
+    fn feed(&self, handle: &Handle, stream: &mut Stream) {
         while let Some((key, size)) = stream.parked.first().copied() {
             let piece = stream.peek(self.core.events(), size);
-            if piece.data.is_empty() && !self.over(node) {
+            if piece.data.is_empty() && !self.over(handle.node) {
                 // Moves past what is for others, so that their events do not count as lost.
                 stream.advance(piece);
                 return;
@@ -127,6 +127,7 @@ impl Inner {
             // Taken out first: what is given to a reader that has left would be lost.
             let Some(parked) = self.waiters.take(key) else { continue };
             let data = stream.advance(piece);
+            self.handles.keep_stream(handle, stream);
             match parked.reply {
                 Reply::Data(reply) => reply.data(&data),
                 other => other.error(Errno::EIO),
@@ -140,16 +141,18 @@ impl Inner {
     }
 
     /// READ of a stream: what is there, else it is parked.
-    pub fn read_stream(&self, handle: &Arc<Handle>, fh: u64, wanted: Wanted, reply: ReplyData) {
-        let Wanted { size, nonblock, pid, .. } = wanted;
+    pub fn read_stream(&self, handle: &Arc<Handle>, wanted: Wanted, reply: ReplyData) {
+        let Wanted { size, nonblock, who, .. } = wanted;
         // Watched before the look: what is pushed after it rings.
-        self.handles.watch(fh, handle);
+        self.handles.watch(handle);
         let mut state = handle.state.lock();
         let State::Stream(stream) = &mut *state else { return reply.error(errno(Errno::EIO)) };
+        stream.find_place(self.core.events(), wanted.offset);
         let piece = stream.peek(self.core.events(), size);
         let nothing = piece.data.is_empty();
         let data = stream.advance(piece);
         if !nothing || self.over(handle.node) {
+            self.handles.keep(handle, &state);
             return reply.data(&data);
         }
         if nonblock {
@@ -157,7 +160,8 @@ impl Inner {
         }
         stream.parked.retain(|(key, _)| self.waiters.waits(*key));
         let reply = Reply::Data(reply);
-        let key = self.waiters.park(Parked { reply, waits: Waits::Line, pid, most: None, node: handle.node.id() });
+        let (pid, node, kept) = (who.pid, handle.node.id(), self.keep(handle.node, who));
+        let key = self.waiters.park(Parked { reply, waits: Waits::Line, pid, most: None, node, kept });
         stream.parked.push((key, size));
     }
 
@@ -168,8 +172,9 @@ impl Inner {
             return reply.poll(READABLE | WRITABLE);
         };
         let notifier = flags.contains(PollFlags::FUSE_POLL_SCHEDULE_NOTIFY).then_some(notifier);
-        if notifier.is_some() {
-            self.handles.watch(fh, &handle);
+        let armed = notifier.is_some();
+        if armed {
+            self.handles.watch(&handle);
         }
         let mut state = handle.state.lock();
         let ready = match &mut *state {
@@ -177,7 +182,7 @@ impl Inner {
                 let Ok(now) = self.text(node) else {
                     return reply.error(errno(Errno::ENODEV));
                 };
-                let changed = now.text != value.text;
+                let changed = Print::of(&now.text) != value.print;
                 if let Some(notifier) = notifier {
                     value.armed = Some((notifier, now.text));
                 }
@@ -193,6 +198,9 @@ impl Inner {
             _ if node.mode() & 0o222 != 0 => READABLE | WRITABLE,
             _ => READABLE,
         };
+        if armed {
+            self.handles.keep(&handle, &state);
+        }
         drop(state);
         reply.poll(ready);
     }

@@ -14,7 +14,7 @@ use crate::cloud::{Attachment, CloudVolume};
 use crate::command::{Action, Command};
 use crate::devices::{DevicesError, Pin};
 use crate::engine::world::*;
-use crate::engine::{DeviceNow, Events, Left, Submitted, Target, Ticket};
+use crate::engine::{Asker, DeviceNow, Earlier, Events, Left, Submitted, Target, Ticket};
 use crate::error::{Errno, Error};
 use crate::model::*;
 
@@ -92,6 +92,7 @@ pub fn empty_world() -> World {
             store: Component::Ok,
             devices: Component::Ok,
             reconciler: Component::Ok,
+            keeper: Component::Ok,
             at: at(0),
         },
         counters: Counters::default(),
@@ -363,11 +364,14 @@ impl Core for Fake {
     fn on_publish(&self, f: Publish) {
         self.publish.lock().push(f);
     }
-    fn submit(&self, target: Target, command: Command, caller: Caller) -> Submitted {
+    fn submit(&self, target: Target, command: Command, asker: Asker) -> Submitted {
         match &*self.answer.lock() {
-            Some(answer) => answer(self, target, &command, &caller),
-            None => Submitted { ticket: Ticket::done(Ok(())), deadline: None, op: None },
+            Some(answer) => answer(self, target, &command, &asker.caller),
+            None => Submitted { ticket: Ticket::done(Ok(())), deadline: None, op: None, fence: None },
         }
+    }
+    fn earlier(&self, _fence: Fence) -> Option<Earlier> {
+        None
     }
     fn would(&self, target: Target, action: &Action) -> Result<(), Error> {
         self.asked.lock().push(action.clone());
@@ -386,7 +390,7 @@ impl Core for Fake {
             Left::TimedOut(_) => Errno::ETIMEDOUT,
         }
     }
-    fn make_job(&self, id: JobId, _caller: Caller) -> Ticket<JobRow> {
+    fn make_job(&self, id: JobId, _asker: Asker) -> Ticket<JobRow> {
         if let Some(ticket) = &*self.job_ticket.lock() {
             return ticket.clone();
         }
@@ -397,7 +401,7 @@ impl Core for Fake {
         self.change(|w| add_job(w, row, id.as_str()));
         Ticket::done(Ok(JobRow(row)))
     }
-    fn forget_job(&self, job: JobRow, _caller: Caller) -> Ticket {
+    fn forget_job(&self, job: JobRow, _asker: Asker) -> Ticket {
         let world = self.world();
         let owned = &world.jobs[&job];
         if !owned.disks.is_empty() {
@@ -409,11 +413,11 @@ impl Core for Fake {
         });
         Ticket::done(Ok(()))
     }
-    fn set_vm_name(&self, job: JobRow, value: String, _caller: Caller) -> Ticket {
+    fn set_vm_name(&self, job: JobRow, value: String, _asker: Asker) -> Ticket {
         self.change(|w| edit_job(w, job.0, |j| j.vm_name = (value.into(), at(99))));
         Ticket::done(Ok(()))
     }
-    fn set_hold(&self, job: JobRow, value: bool, _caller: Caller) -> Ticket {
+    fn set_hold(&self, job: JobRow, value: bool, _asker: Asker) -> Ticket {
         self.change(|w| edit_job(w, job.0, |j| j.hold = (value, at(99))));
         Ticket::done(Ok(()))
     }

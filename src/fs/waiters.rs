@@ -13,10 +13,12 @@ use std::time::{Duration, Instant};
 use fuser::{ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite};
 use parking_lot::{Condvar, Mutex};
 
+use super::before::RawReply;
 use super::core::Core;
 use super::errno;
 use crate::engine::{Left, Target};
 use crate::error::Errno;
+use crate::kept::Kept;
 use crate::model::{Caller, OpId, Verb};
 
 /// How often the callers are looked at; twice that when a look at all of them is expensive.
@@ -34,6 +36,8 @@ pub enum Reply {
     Entry(ReplyEntry),
     Empty(ReplyEmpty),
     Open(ReplyOpen),
+    /// A write that the daemon before had read: answered by its number, with the length.
+    Raw(RawReply, u32),
     #[cfg(test)]
     Test(std::sync::mpsc::Sender<Errno>),
 }
@@ -47,6 +51,7 @@ impl Reply {
             Reply::Entry(r) => r.error(errno(e)),
             Reply::Empty(r) => r.error(errno(e)),
             Reply::Open(r) => r.error(errno(e)),
+            Reply::Raw(r, _) => r.error(e),
             #[cfg(test)]
             // A test that has ended does not listen.
             Reply::Test(tx) => drop(tx.send(e)),
@@ -58,6 +63,7 @@ impl Reply {
         match self {
             Reply::Write(r, length) => r.written(length),
             Reply::Empty(r) => r.ok(),
+            Reply::Raw(r, length) => r.written(length),
             other => other.error(Errno::EIO),
         }
     }
@@ -93,6 +99,8 @@ pub struct Parked {
     pub most: Option<Duration>,
     /// The node it was sent to.
     pub node: u64,
+    /// Its place in what outlives us; freed after the answer.
+    pub kept: Kept,
 }
 
 struct Slot {
@@ -215,7 +223,7 @@ impl Shared {
     /// Ends a wait without an outcome, if nobody else has.
     fn leave(&self, key: u64, left: Left) {
         let Some(slot) = self.state.lock().take(key) else { return };
-        let Parked { reply, waits, .. } = slot.parked;
+        let Parked { reply, waits, kept: _kept, .. } = slot.parked;
         let interrupted = left == Left::Interrupted;
         let e = match waits {
             Waits::Command(w) => self.core.caller_left(w.target, w.verb, w.op, &w.caller, left),

@@ -167,9 +167,13 @@ fn component(c: &Component) -> (&'static str, &str) {
     }
 }
 
-fn components(world: &World) -> [(&'static str, &Component); 4] {
+/// The keeper, which not every daemon has, is named while something is wrong with it.
+fn components(world: &World) -> Vec<(&'static str, &Component)> {
     let h = &world.health;
-    [("cloud", &h.cloud), ("store", &h.store), ("devices", &h.devices), ("reconciler", &h.reconciler)]
+    let mut all = vec![("cloud", &h.cloud), ("store", &h.store), ("devices", &h.devices)];
+    all.push(("reconciler", &h.reconciler));
+    all.extend((h.keeper != Component::Ok).then_some(("keeper", &h.keeper)));
+    all
 }
 
 fn health(world: &World) -> String {

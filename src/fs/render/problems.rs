@@ -30,7 +30,10 @@ pub fn rows(view: &View<'_>) -> Vec<Problem> {
     for (name, c) in components(world) {
         let (word, why) = component(c);
         if word != "ok" {
-            let remedy = "look at the log; volfs tries again by itself".into();
+            let remedy = match name {
+                "keeper" => "unmount and mount again when nothing waits; until then do not kill the daemon".into(),
+                _ => "look at the log; volfs tries again by itself".into(),
+            };
             rows.push(Problem {
                 object: name.into(),
                 since: world.health.at,
