@@ -19,6 +19,7 @@ use crate::config::{CloudStackConfig, Config, Problem, Provider, SignatureHash, 
 use crate::devices::{self, Devices, KernelDevices};
 use crate::engine::events::{Event, Events};
 use crate::engine::{self, Engine};
+use crate::failpoint;
 use crate::fs::{self, Adopted, Serving};
 use crate::handover::Handover;
 use crate::keeper::Held;
@@ -63,6 +64,7 @@ impl Daemon {
         held: Option<Held>,
     ) -> Result<(Arc<Engine>, Serving, tokio::runtime::Runtime), Problem> {
         one_heap();
+        failpoint::hit("daemon.start");
         let (memory, adopted) = handover.open(held)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)

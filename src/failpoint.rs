@@ -2,7 +2,7 @@
 //!
 //! `VOLFS_FAILPOINTS="NAME=ACTION[;NAME=ACTION…]"`; actions are `kill` (SIGKILL to ourselves),
 //! `kill:PATH` (the same once PATH exists, at the hit whose number from then on it holds; empty: the
-//! first), `panic`, `fail` ([`hit`] answers true), `fail:PATH` (the same while PATH exists) and
+//! first), `once:PATH` (SIGKILL once PATH exists, which is removed before), `panic`, `fail` ([`hit`] answers true), `fail:PATH` (the same while PATH exists) and
 //! `wait:PATH` (stays while PATH exists). Compiled to nothing in release builds without the feature
 //! `failpoints`.
 
@@ -17,6 +17,7 @@ mod live {
     enum What {
         Kill,
         KillOnce(PathBuf, AtomicU64),
+        KillAndForget(PathBuf),
         Panic,
         Fail,
         FailWhile(PathBuf),
@@ -37,6 +38,7 @@ mod live {
                     other => match other.split_once(':') {
                         Some(("wait", path)) => What::Wait(path.into()),
                         Some(("fail", path)) => What::FailWhile(path.into()),
+                        Some(("once", path)) => What::KillAndForget(path.into()),
                         Some(("kill", path)) => What::KillOnce(path.into(), AtomicU64::new(0)),
                         _ => panic!("VOLFS_FAILPOINTS: unknown action {other}"),
                     },
@@ -66,6 +68,13 @@ mod live {
             What::KillOnce(path, hits) => {
                 let Ok(text) = std::fs::read_to_string(path) else { return false };
                 if hits.fetch_add(1, Ordering::SeqCst) + 1 == text.trim().parse().unwrap_or(1) {
+                    die()
+                }
+                false
+            }
+            What::KillAndForget(path) => {
+                // Whoever removes it is the one.
+                if std::fs::remove_file(path).is_ok() {
                     die()
                 }
                 false

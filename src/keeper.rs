@@ -260,7 +260,8 @@ impl Keeper {
             }
             if !told && self.held.is_none() {
                 // It never served: whoever started it is to know why.
-                let words = daemon.problem.unwrap_or_else(|| format!("the daemon {} before its tree answered", ended(status)));
+                let words =
+                    daemon.problem.unwrap_or_else(|| format!("the daemon {} before its tree answered", ended(status)));
                 return Err(Problem(words));
             }
             if wanted == Wanted::Next {
@@ -325,7 +326,8 @@ impl Keeper {
                     self.packet(daemon, &word, fds);
                     if daemon.ready && !*told {
                         *told = true;
-                        if self.answer && writeln!(io::stdout(), "{READY}").and_then(|()| io::stdout().flush()).is_err() {
+                        if self.answer && writeln!(io::stdout(), "{READY}").and_then(|()| io::stdout().flush()).is_err()
+                        {
                             // Whoever started us was interrupted and believes that nothing is mounted.
                             tracing::error!("nobody waited for the tree, it is unmounted again");
                             self.signal(daemon, Signal::TERM);

@@ -56,8 +56,8 @@ mod word {
     pub const STARTS: u64 = 6;
     pub const KEEPER: u64 = 7;
     pub const DAEMON: u64 = 8;
-    /// The request in a handler, where the kernel cannot send it again.
-    pub const CURRENT: u64 = 9;
+    /// The last request that a handler got, where the kernel cannot send it again.
+    pub const LAST: u64 = 9;
     /// The connection's facts as JSON: length, then text.
     pub const CONNECTION: u64 = 32;
 }
@@ -155,8 +155,8 @@ pub struct Left {
     pub events: Vec<KeptEvent>,
     /// Serials of `control` below this were used.
     pub serial: u64,
-    /// The request that was in a handler, where that is kept.
-    pub current: Option<u64>,
+    /// The last request that a handler got, where that is kept.
+    pub last: u64,
 }
 
 /// Who serves the mount, for `volfs upgrade`.
@@ -274,7 +274,7 @@ impl Memory {
             handles,
             events,
             serial: head[word::SERIAL as usize],
-            current: Some(head[word::CURRENT as usize]).filter(|unique| *unique != 0),
+            last: head[word::LAST as usize],
         };
         Ok((Self::over(file, request_places, handle_places), left))
     }
@@ -290,8 +290,7 @@ impl Memory {
         let length = usize::try_from(head[word::CONNECTION as usize]).unwrap_or(usize::MAX);
         let text = header[(word::CONNECTION as usize + 1) * 8..].get(..length).unwrap_or_default();
         let pid = |word: u64| u32::try_from(head[word as usize]).unwrap_or(0);
-        let who =
-            Who { keeper: pid(word::KEEPER), daemon: pid(word::DAEMON), starts: head[word::STARTS as usize] };
+        let who = Who { keeper: pid(word::KEEPER), daemon: pid(word::DAEMON), starts: head[word::STARTS as usize] };
         Ok((who, serde_json::from_slice(text).ok()))
     }
 
@@ -337,9 +336,9 @@ impl Memory {
         self.put_word(word::SERIAL, serial);
     }
 
-    /// A handler has this request; 0 when it has none any more.
-    pub fn current(&self, unique: u64) {
-        self.put_word(word::CURRENT, unique);
+    /// A handler has this request.
+    pub fn last(&self, unique: u64) {
+        self.put_word(word::LAST, unique & UNIQUE_MASK);
     }
 
     /// Keeps a request until the answer is dropped.

@@ -23,9 +23,11 @@
 //! | [`store`] | the record and journal: trait and SQLite | `model`, `error` |
 //! | [`cloud`] | the provider: trait, loop devices as a provider, and CloudStack's API | `model`, `error`, `sys` |
 //! | [`devices`] | what the kernel has: trait, sysfs, uevents, holders | `model`, `error`, `sys` |
-//! | [`fs`] | the tree: node ids, rendering, handles, waiting, the mount; alone knows `fuser` | `engine`, `command`, `model`, `error` |
+//! | [`fs`] | the tree: node ids, rendering, handles, waiting, the mount; alone knows `fuser` | `engine`, `command`, `model`, `error`, `kept` |
+//! | [`kept`] | what outlives a daemon: its callers' requests, handles and events in a memfd | nothing of ours |
 //! | [`sys`] | ioctls without a wrapper | nothing of ours |
 //! | [`failpoint`] | named points for tests; empty in a release build | nothing of ours |
+//! | [`keeper`], [`handover`], [`upgrade`] | the process that holds the mount, and how daemons follow one another | `config`, `fs`, `kept`, `start` |
 //! | [`config`], [`daemon`], [`start`], [`check`], [`demo`] | the program around it: the only place that knows every layer | everything |
 //!
 //! `tests/layers.rs` holds the `use` lines against this table.
@@ -35,6 +37,11 @@
 //! the [`store`], done step by step through [`cloud`] and [`devices`], proved by both, recorded,
 //! published, and answered. The request is parked meanwhile as a value in `fs::waiters`: no thread
 //! waits for it, and a signal of its caller ends the wait, not the operation.
+//!
+//! # When a daemon dies
+//! [`keeper`] holds the FUSE connection and the memory in [`kept`], and starts the next daemon. The
+//! kernel sends it every request that was not answered; `fs::before` knows by the fence that each
+//! command's request has chosen what became of its operation, and the journal knows the rest.
 //!
 //! # How a read goes
 //! From the published snapshot, and for `device`, `block`, `incarnation` and exports from the

@@ -69,7 +69,9 @@ fn remount(connection: &Connection) -> Option<String> {
 fn memory_of(pid: i32) -> Option<(File, Option<Connection>)> {
     let dir = Path::new("/proc").join(pid.to_string()).join("fd");
     let fds = std::fs::read_dir(dir).ok()?.flatten();
-    let named = |path: &Path| std::fs::read_link(path).is_ok_and(|to| to.as_os_str().as_encoded_bytes().starts_with(b"/memfd:volfs-kept"));
+    let named = |path: &Path| {
+        std::fs::read_link(path).is_ok_and(|to| to.as_os_str().as_encoded_bytes().starts_with(b"/memfd:volfs-kept"))
+    };
     let file = fds.map(|fd| fd.path()).find(|path| named(path)).and_then(|path| File::open(path).ok())?;
     let (_, connection) = Memory::who(&file).ok()?;
     Some((file, connection))

@@ -241,6 +241,7 @@ impl Engine {
             };
             match outcome {
                 Ok(()) => {
+                    failpoint::reach("small.recorded").await;
                     engine.store_health(None);
                     engine.publish_at(at, |core, at| {
                         let took_ms = u64::try_from(clock.elapsed().as_millis()).unwrap_or(u64::MAX);

@@ -23,7 +23,8 @@ use crate::devices::Devices;
 use crate::error::{Errno, Error};
 use crate::failpoint;
 use crate::model::{
-    Caller, DevNo, DiskRow, Fence, Holder, Incarnation, JobRow, MapRow, OpId, Outcome, RecordId, Status, Timestamp, Verb, VmId,
+    Caller, DevNo, DiskRow, Fence, Holder, Incarnation, JobRow, MapRow, OpId, Outcome, RecordId, Status, Timestamp,
+    Verb, VmId,
 };
 use crate::store::Store;
 

@@ -283,6 +283,7 @@ impl Engine {
                 words: store.to_string(),
             }));
         }
+        failpoint::reach("failed.recorded").await;
         self.publish_at(at, |core, at| {
             if let (true, Some(row)) = (ambiguous, volume) {
                 core.with_volume(row, at, |v| {

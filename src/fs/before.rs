@@ -129,10 +129,10 @@ impl Inner {
         Ask { asker: Asker { caller, fence }, kept, earlier, waited }
     }
 
-    /// A handler has this request, or none (0): for a successor, where it would not be sent again.
+    /// The last request that a handler got: for a successor, where it would not be sent again.
     pub fn handling(&self, unique: u64) {
         if let (false, Some(memory)) = (self.before.resends, &self.before.memory) {
-            memory.current(unique);
+            memory.last(unique);
         }
     }
 
@@ -160,10 +160,17 @@ impl Inner {
     }
 
     /// Where the kernel sends nothing again: commands go on waiting, anything else is EIO.
-    pub fn answer_left(self: &Arc<Self>, fuse: &Arc<File>, left: Vec<(u64, Asked)>, current: Option<u64>) {
+    ///
+    /// One request may have been read and not even have reached its handler. Numbers rise by two in
+    /// the order of reading, so it is the next one or, as FORGETs have numbers too, one soon after.
+    /// Answering a number that was not read, or was answered, does nothing: the kernel says ENOENT.
+    pub fn answer_left(self: &Arc<Self>, fuse: &Arc<File>, left: Vec<(u64, Asked)>, last: u64) {
+        const NEXT_MOST: u64 = 4096;
         let raw = |unique: u64| RawReply { fuse: fuse.clone(), unique };
-        if let Some(unique) = current.filter(|unique| left.iter().all(|(_, asked)| asked.unique != *unique)) {
-            raw(unique).error(Errno::EIO);
+        for unique in (0..NEXT_MOST).map(|n| last + 2 * n) {
+            if left.iter().all(|(_, asked)| asked.unique != unique) {
+                raw(unique).error(Errno::EIO);
+            }
         }
         for (place, asked) in left {
             match asked.command {

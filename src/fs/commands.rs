@@ -249,15 +249,7 @@ impl Inner {
         self.value_set(node, ask, data, reply, |core, asker| core.set_vm_name(row, value, asker));
     }
 
-    fn hold(
-        self: &Arc<Self>,
-        req: &Request,
-        node: Node,
-        row: JobRow,
-        data: &[u8],
-        caller: Caller,
-        reply: ReplyWrite,
-    ) {
+    fn hold(self: &Arc<Self>, req: &Request, node: Node, row: JobRow, data: &[u8], caller: Caller, reply: ReplyWrite) {
         let world = self.core.world();
         let Some(job) = world.jobs.get(&row) else { return reply.error(errno(Errno::ENODEV)) };
         let wanted = match data.strip_suffix(b"\n").unwrap_or(data) {

@@ -181,7 +181,8 @@ impl Stream {
             && let Next::Event(event) = events.next(place.position, None)
             && event.seq == place.position
         {
-            self.rest = event.line.as_bytes().get(usize::try_from(place.skip).unwrap_or(0)..).unwrap_or_default().into();
+            self.rest =
+                event.line.as_bytes().get(usize::try_from(place.skip).unwrap_or(0)..).unwrap_or_default().into();
             self.position = place.position + 1;
         }
     }
@@ -189,8 +190,7 @@ impl Stream {
     /// What a read of at most `most` bytes gets now: whole lines, or a part of one that is longer.
     /// Empty: nothing yet. The stream moves on with [`Stream::advance`] only, once it is given.
     pub fn peek(&self, events: &Events, most: usize) -> Piece {
-        let mut piece =
-            Piece { data: Vec::new(), rest: Vec::new(), partly: self.partly, position: self.position };
+        let mut piece = Piece { data: Vec::new(), rest: Vec::new(), partly: self.partly, position: self.position };
         if !self.rest.is_empty() {
             let (now, later) = self.rest.split_at(most.min(self.rest.len()));
             (piece.data, piece.rest) = (now.into(), later.into());

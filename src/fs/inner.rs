@@ -8,8 +8,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use fuser::{FileAttr, FileType, FopenFlags, INodeNo, ReplyData, ReplyDirectory, ReplyOpen};
 use parking_lot::Mutex;
 
-use super::core::Core;
 use super::before::Before;
+use super::core::Core;
 use super::handles::{Handle, Handles, Listing, Print, State, Stream, Value};
 use super::node::{JobFile, Node, RootFile, SERIAL_MASK, VolumeFile};
 use super::notify::Bell;
@@ -463,4 +463,22 @@ pub fn file_type(kind: Kind) -> FileType {
 /// A device number as FUSE carries it: 12 bits major between the low 8 and the high 12 of minor.
 fn rdev(dev: DevNo) -> u32 {
     (dev.minor & 0xff) | (dev.major & 0xfff) << 8 | (dev.minor & 0xf_ff00) << 12
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_serial_of_control_is_not_given_again_by_the_next_daemon() {
+        let memory = Arc::new(Memory::create().unwrap());
+        let again = || Memory::open(std::fs::File::from(memory.fd().try_clone_to_owned().unwrap())).unwrap().1;
+        let serials = Serial::new(1000, Some(memory.clone()));
+        for n in 0..10_000 {
+            assert_eq!(u64::from(serials.next()), 1000 + n);
+            assert!(again().serial > 1000 + n);
+        }
+        // 28 bits of it are the node's.
+        assert_eq!(Serial::new((1 << 28) + 5, None).next(), 5);
+    }
 }

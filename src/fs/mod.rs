@@ -39,7 +39,10 @@ mod mounted_tests;
 mod testing;
 
 pub use self::core::Core;
-pub use mount::{Adopted, DEFAULT_MOUNTPOINT, Ended, MountError, Options, Serving, asked_of_the_kernel, serve, still_mounted, take_away};
+pub use mount::{
+    Adopted, DEFAULT_MOUNTPOINT, Ended, MountError, Options, Serving, asked_of_the_kernel, serve, still_mounted,
+    take_away,
+};
 
 use handles::{Listing, State};
 use inner::{Inner, Wanted, Who};
@@ -76,7 +79,6 @@ impl Fs {
         if catch_unwind(AssertUnwindSafe(handler)).is_err() {
             tracing::error!("the handler of {what} panicked; its caller got EIO");
         }
-        self.inner.handling(0);
     }
 }
 
@@ -121,9 +123,11 @@ impl Filesystem for Fs {
     }
 
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.guard(req, "lookup", || match named(&self.inner, parent, name).and_then(|(p, n)| self.inner.lookup(p, n)) {
-            Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
-            Err(e) => reply.error(errno(e)),
+        self.guard(req, "lookup", || {
+            match named(&self.inner, parent, name).and_then(|(p, n)| self.inner.lookup(p, n)) {
+                Ok(attr) => reply.entry(&TTL, &attr, Generation(0)),
+                Err(e) => reply.error(errno(e)),
+            }
         });
     }
 

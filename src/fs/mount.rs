@@ -265,7 +265,7 @@ impl Parts {
             *inner.before.requests.lock() = places.collect();
             before::resend(&fuse).map_err(system("cannot have unanswered requests sent again"))?;
         } else {
-            inner.answer_left(&fuse, left.requests, left.current);
+            inner.answer_left(&fuse, left.requests, left.last);
         }
         for poll in left.handles.iter().filter_map(|(_, open)| open.poll) {
             // A poller that has gone is not there to be woken.

@@ -50,7 +50,7 @@ impl Mount {
         *self.fake.answer.lock() = Some(Box::new(move |_, _, _, _| {
             let ticket = tickets.lock().next().unwrap();
             let _ = tell.send(());
-            Submitted { ticket, deadline, op: None }
+            Submitted { ticket, deadline, op: None, fence: None }
         }));
         told
     }

@@ -72,6 +72,8 @@ pub struct Volfs {
     child: Option<Child>,
     env: Vec<(String, String)>,
     args: Vec<String>,
+    keeper: bool,
+    program: PathBuf,
 }
 
 /// What a shell command printed, and its status.
@@ -101,7 +103,20 @@ impl Volfs {
         fs::create_dir(dir.path().join("mnt")).unwrap();
         fs::write(dir.path().join("config.toml"), config).unwrap();
         let env = env.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-        Volfs { dir, child: None, env, args: Vec::new() }
+        let program = env!("CARGO_BIN_EXE_volfs").into();
+        Volfs { dir, child: None, env, args: Vec::new(), keeper: false, program }
+    }
+
+    /// With a keeper in front of the daemon, as users have it. Without one the process that a test
+    /// starts, kills and waits for is the daemon itself.
+    pub fn with_keeper(mut self) -> Self {
+        self.keeper = true;
+        self
+    }
+
+    /// Another program than the one just built.
+    pub fn set_program(&mut self, program: &Path) {
+        self.program = program.to_owned();
     }
 
     /// Replaces the environment for the next [`Volfs::launch`].
@@ -116,7 +131,7 @@ impl Volfs {
 
     /// The daemon's command line.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_volfs"));
+        let mut command = Command::new(&self.program);
         command
             .arg("--state-dir")
             .arg(self.state())
@@ -125,6 +140,7 @@ impl Volfs {
             .args(&self.args)
             .arg("mount")
             .arg(self.root())
+            .args((!self.keeper).then_some("--no-keeper"))
             .envs(self.env.iter().map(|(k, v)| (k.as_str(), v.as_str())))
             .stdin(Stdio::null());
         command
@@ -189,6 +205,27 @@ impl Volfs {
     /// The daemon's pid.
     pub fn pid(&self) -> i32 {
         self.child.as_ref().expect("a running daemon").id() as i32
+    }
+
+    /// The daemon's pid below its keeper, once it has one.
+    pub fn kept_pid(&self) -> Option<i32> {
+        let keeper = self.pid();
+        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap_or_default();
+        children.split_whitespace().next().and_then(|pid| pid.parse().ok())
+    }
+
+    /// SIGKILL to the daemon below its keeper; its pid.
+    pub fn kill_kept(&self) -> i32 {
+        loop {
+            // None for a moment, while the keeper starts the next.
+            if let Some(pid) = self.kept_pid() {
+                // SAFETY: kill(2) takes no pointers; the pid is the keeper's child, which only it waits for:
+                // a zombie at worst.
+                assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+                return pid;
+            }
+            std::thread::yield_now();
+        }
     }
 
     /// What it logged.

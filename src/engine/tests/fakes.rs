@@ -21,7 +21,7 @@ use tokio::sync::{Notify, Semaphore, broadcast};
 pub use sky::{delete_snapshot, revert, snapshot};
 
 use super::super::world::World;
-use super::super::{Engine, Options, Target};
+use super::super::{Engine, Events, Options, Target};
 use crate::cloud::{
     About, Attachment, Call, Cloud, CloudError, CloudSnapshot, CloudVolume, Label, NewVolume, Refusal, Survey, VmFacts,
 };
@@ -406,7 +406,8 @@ impl Lab {
             read_only: None,
             foreign: false,
             history: 1000,
-            events: 1000,
+            events: Arc::new(Events::new(1000)),
+            asked: Vec::new(),
             clock: Arc::new(move || Timestamp(1_800_000_000_000).plus(epoch.elapsed())),
         };
         let fake = Arc::new(Fake { lab: self.clone(), life });

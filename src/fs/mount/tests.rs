@@ -63,8 +63,12 @@ fn dead_mounts_of_a_predecessor_are_cleared_away() {
 #[test]
 fn a_live_volfs_at_the_mount_point_is_named() {
     let dir = tempfile::tempdir().unwrap();
-    let serving =
-        serve(crate::fs::testing::Fake::new(), Options { mountpoint: dir.path().into(), ..Options::default() }, None, None);
+    let serving = serve(
+        crate::fs::testing::Fake::new(),
+        Options { mountpoint: dir.path().into(), ..Options::default() },
+        None,
+        None,
+    );
     let serving = serving.unwrap();
     let _guard = Unmount(dir.path().into());
     let error = prepare(dir.path()).unwrap_err();

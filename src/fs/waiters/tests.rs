@@ -40,7 +40,10 @@ fn this_thread_has_no_signal_and_a_thread_that_is_gone_is_noticed() {
 
 fn parked(pid: u32, most: Option<Duration>) -> (Parked, Receiver<Errno>) {
     let (tx, rx) = channel();
-    (Parked { reply: Reply::Test(tx), waits: Waits::Commit, pid, most, node: 5, kept: crate::kept::Kept::nothing() }, rx)
+    (
+        Parked { reply: Reply::Test(tx), waits: Waits::Commit, pid, most, node: 5, kept: crate::kept::Kept::nothing() },
+        rx,
+    )
 }
 
 fn waiters() -> Waiters {
