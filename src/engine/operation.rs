@@ -536,11 +536,14 @@ impl Engine {
         }
     }
 
-    /// Asks the kernel from a worker thread.
+    /// Asks the kernel, from a worker thread where that may block.
     pub(super) async fn kernel<T: Send + 'static>(
         &self,
         ask: impl FnOnce(&dyn Devices) -> Result<T, DevicesError> + Send + 'static,
     ) -> Result<T, DevicesError> {
+        if !self.devices.may_block() {
+            return ask(&*self.devices);
+        }
         let devices = self.devices.clone();
         match tokio::task::spawn_blocking(move || ask(&*devices)).await {
             Ok(answer) => answer,

@@ -13,3 +13,4 @@ mod recovery;
 mod settle;
 mod snapshot_sets;
 mod snapshots;
+mod world;
