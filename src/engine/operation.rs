@@ -435,6 +435,7 @@ impl Engine {
         let fresh = parking_lot::Mutex::new(fresh);
         let expected = self.mark(volume);
         let refused = |why, words: String| Err(CloudError::Refused { why, words });
+        // The inner failure is our own: it was stopped, or abandoned, during the look.
         let attempt = || async {
             let looked = fresh.lock().take();
             let seen = match looked {
@@ -451,10 +452,30 @@ impl Engine {
             if let Some(refusal) = pending(&seen) {
                 return Err(refusal);
             }
-            call(seen).await
+            if live.stopping() {
+                return Ok(Err(Fail::clean(Error::Cancelled)));
+            }
+            call(seen).await.map(Ok)
         };
         let answer = self.retrying(live, what, attempt).await;
-        answer.map_err(|error| cloud_fail(what, Some(volume.uuid), Some(expected), self.about.name, error))
+        answer.unwrap_or_else(|error| Err(cloud_fail(what, Some(volume.uuid), Some(expected), self.about.name, error)))
+    }
+
+    /// Looks after a call that got no clear answer: not before the cloud's job on the volume is final,
+    /// because until then no look is the call's outcome. Only an operation that was asked to stop gets a
+    /// look with a job pending.
+    pub(super) async fn look_after(&self, live: &Live, volume: VolumeId) -> Result<Option<CloudVolume>, CloudError> {
+        loop {
+            let looked = self.cloud.find(volume).await?;
+            match looked.as_ref().and_then(|seen| seen.pending.as_deref()) {
+                Some(job) if !live.stopping() => {
+                    let step = format!("no clear answer: the cloud's job {job} is still pending");
+                    self.publish(|core, _| core.step(live.id, &step));
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+                _ => return Ok(looked),
+            }
+        }
     }
 
     /// A volume as seen, if it is one that this record may change.
@@ -482,15 +503,19 @@ impl Engine {
         let mut pause = PASSING_FIRST;
         loop {
             match call().await {
-                Err(CloudError::Refused { why: Refusal::Passing, words })
+                Err(error @ CloudError::Refused { why: Refusal::Passing, .. })
                     if began.elapsed() < PASSING_IN_ALL && !live.stopping() =>
                 {
+                    let words = error.to_string();
                     tracing::info!(what, "the cloud refuses for now: {words}");
                     self.publish(|core, _| {
                         core.step(live.id, &format!("the cloud refuses for now, tried again: {words}"))
                     });
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(PASSING_LONGEST);
+                    if live.stopping() {
+                        return Err(error);
+                    }
                 }
                 answer => return answer,
             }

@@ -224,9 +224,9 @@ impl Engine {
                 if !fail.ambiguous {
                     return Err(fail);
                 }
-                match self.cloud.find(volume).await {
+                match self.look_after(live, volume).await {
                     Ok(Some(seen)) if seen.mark == new.map(|l| l.mark) => Ok(()),
-                    Ok(Some(seen)) if seen.mark == expect => Err(Fail::clean(fail.error)),
+                    Ok(Some(seen)) if seen.mark == expect && seen.pending.is_none() => Err(Fail::clean(fail.error)),
                     _ => Err(fail),
                 }
             }

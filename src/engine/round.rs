@@ -179,8 +179,12 @@ impl Engine {
         }
         self.publish_at(at, |core, at| {
             for s in settled {
-                if still(core, &s) {
-                    core.show(s, recorded, at);
+                match still(core, &s) {
+                    true => core.show(s, recorded, at),
+                    // Something has happened to it since, but the record has this now: the next look
+                    // writes what is shown.
+                    false if recorded => core.recorded(&s, at),
+                    false => {}
                 }
             }
         });
@@ -522,6 +526,13 @@ impl Engine {
 }
 
 impl Core {
+    /// What the record has of a volume, where something else is shown of it.
+    fn recorded(&mut self, s: &Settled, at: Timestamp) {
+        if s.changes.iter().any(|c| matches!(c, Change::VolumeStatus { .. })) {
+            self.with_volume(s.before.row, at, |v| v.recorded = s.finding.status);
+        }
+    }
+
     fn show(&mut self, s: Settled, recorded: bool, at: Timestamp) {
         let Settled { before, finding, seen, mapping, changes } = s;
         if finding.drift {

@@ -242,6 +242,8 @@ impl Sim {
 struct Port {
     sim: Sim,
     life: u64,
+    /// The record has one writer: batches become durable in the order in which they came.
+    writer: tokio::sync::Mutex<()>,
 }
 
 impl Port {

@@ -128,7 +128,6 @@ impl Sim {
 
     /// S7 and S9: an effect belongs to one operation that has not ended, once.
     pub fn took_effect(&self, fence: Fence, volume: VolumeId, what: &Do) {
-        let now = self.now();
         self.say(|| format!("cloud: effect {what:?} of {volume}"));
         let mut wrong = Vec::new();
         {
@@ -151,9 +150,7 @@ impl Sim {
             {
                 wrong.push(format!("s9: {newest:?} changes {volume}, proved {} by a newer one", calm.status));
             }
-            book.touched.entry(volume).or_insert(0);
         }
-        let _ = now;
         for words in wrong {
             self.violation(words);
         }
@@ -186,6 +183,9 @@ impl Sim {
                 if pending {
                     wrong("the cloud still works on it".into());
                 }
+                if effects.iter().any(|e| self.touched_since(e.volume, begun)) {
+                    return;
+                }
                 let count = |p: Point| effects.iter().filter(|e| e.what.point() == p).count();
                 let undone = count(Point::Attach) == count(Point::Detach) && effects.len() == 2;
                 if !effects.is_empty() && !undone {
@@ -203,14 +203,10 @@ impl Sim {
                     }
                     return;
                 };
-                let state = self.state();
-                // Another hand was in it meanwhile: what it did is not to be told from this.
-                let since = begun.map_or(0, |b| b.at);
-                if state.book.touched.get(&volume).is_some_and(|at| *at > 0 && *at >= since) {
+                if self.touched_since(volume, begun) {
                     return;
                 }
-                let v = state.sky.volumes.get(&volume).cloned();
-                drop(state);
+                let v = self.state().sky.volumes.get(&volume).cloned();
                 let at = v.as_ref().and_then(|v| v.attached).map(|(vm, _)| vm);
                 let vm = expected_vm(&action, self.host());
                 match &action {
@@ -223,6 +219,11 @@ impl Sim {
                 }
             }
         }
+    }
+
+    /// Another hand was in it meanwhile: what it did is not to be told from what the operation did.
+    fn touched_since(&self, volume: VolumeId, begun: Option<Begun>) -> bool {
+        self.state().book.touched.get(&volume).is_some_and(|at| *at >= begun.map_or(0, |b| b.at))
     }
 
     /// What the record has now, for the book.
@@ -261,7 +262,7 @@ impl Sim {
                     };
                     let (Some(volume), Outcome::Done) = (row.volume, outcome) else { continue };
                     let since = state.book.begun.get(&row.fence).map_or(0, |b| b.at);
-                    let touched = state.book.touched.get(&volume).is_some_and(|at| *at > 0 && *at >= since);
+                    let touched = state.book.touched.get(&volume).is_some_and(|at| *at >= since);
                     if !touched {
                         state.book.calm.insert(volume, Calm { status });
                     }

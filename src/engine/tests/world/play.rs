@@ -453,7 +453,7 @@ fn begin(sim: &Sim) -> (Arc<Engine>, u64) {
         events: 10,
         clock: Arc::new(move || Timestamp(1_800_000_000_000).plus(epoch.elapsed())),
     };
-    let port = Arc::new(Port { sim: sim.clone(), life });
+    let port = Arc::new(Port { sim: sim.clone(), life, writer: tokio::sync::Mutex::default() });
     let engine = Engine::start(port.clone(), port.clone(), port, options, tokio::runtime::Handle::current()).unwrap();
     let watch = sim.clone();
     let show = move |world: &crate::engine::World| {

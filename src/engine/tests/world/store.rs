@@ -35,6 +35,7 @@ impl Port {
 #[async_trait]
 impl Store for Port {
     async fn commit(&self, batch: Vec<Change>) -> Result<(), StoreError> {
+        let _one_at_a_time = self.writer.lock().await;
         self.alive().await;
         let at = point(&batch);
         let fault = self.sim.fault(at);
