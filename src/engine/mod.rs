@@ -398,7 +398,7 @@ impl Engine {
         }
         changes.push(crate::store::Change::OpEnd { id, outcome: Outcome::Abandoned, sentence: sentence.clone(), at });
         if let Err(error) = self.store.commit(changes).await {
-            // It is given back; an answer that came meanwhile is dropped, and the abandon can be repeated.
+            // It is given back: to an answer that came meanwhile and waits for it, or to the next abandon.
             live.ending.store(false, std::sync::atomic::Ordering::SeqCst);
             return Err(Error::NotJournaled { what: format!("`abandon {id}`"), words: error.to_string() });
         }

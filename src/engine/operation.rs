@@ -158,9 +158,13 @@ impl Engine {
     pub(super) async fn conclude(self: &Arc<Self>, live: Live, acted: Acted) {
         let verb = live.action.verb();
         failpoint::reach(&format!("{verb}.acted")).await;
-        if !live.take_end() {
-            tracing::warn!(operation = %live.id, %verb, "a late answer: the operation had been abandoned; ignored");
-            return;
+        while !live.take_end() {
+            if !self.core.lock().owns(&live) {
+                tracing::warn!(operation = %live.id, %verb, "a late answer: the operation had been abandoned; ignored");
+                return;
+            }
+            // An `abandon` is at the record with its end, and gives it back if the record does not take it.
+            tokio::time::sleep(LOOK_AGAIN).await;
         }
         match acted {
             Ok(done) => self.succeeded(live, done).await,

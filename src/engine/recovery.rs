@@ -36,12 +36,12 @@ pub(super) fn epoch_of(row: &OpRow) -> u64 {
     detail["epoch"].as_u64().unwrap_or(0)
 }
 
-/// What a failure of a step that recovery repeated means: only a silent cloud is waited for.
+/// What a failure of a step that recovery repeated means: only a silent cloud is waited for. It was
+/// seen to have begun, so no failure says that nothing was changed, a `cancel` of the rest among them.
 fn left(fail: Fail) -> Found {
     match fail.error {
         Error::CloudUnreachable { .. } | Error::CloudAmbiguous { .. } => Found::Unclear(fail),
-        _ if fail.ambiguous => Found::Failed(fail),
-        _ => Found::NotBegun,
+        error => Found::Failed(Fail::ambiguous(error)),
     }
 }
 
