@@ -379,6 +379,10 @@ impl Engine {
     /// C14: ends an operation in the record; whatever it still brings is a late answer.
     async fn abandon(&self, id: OpId, caller: &Caller) -> Result<(), Error> {
         let live = self.core.lock().live.get(&id).cloned().ok_or(Error::NoSuchOperation { id })?;
+        // What the journal has not taken yet has no end there either.
+        if live.journaled.wait().await.is_err() {
+            return Err(Error::NoSuchOperation { id });
+        }
         if !live.take_end() {
             let running = command::spell(&live.action);
             return Err(Error::InFlight {

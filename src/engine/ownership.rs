@@ -214,6 +214,10 @@ impl Engine {
         expect: Option<Mark>,
         new: Option<&Label>,
     ) -> Result<(), Fail> {
+        // Recovery comes here without a step, after looks in which it may have been abandoned.
+        if live.stopping() {
+            return Err(Fail::clean(Error::Cancelled));
+        }
         let call = self.call(live);
         let answer = self.retrying(live, what, || self.cloud.exchange_mark(&call, volume, expect, new)).await;
         match answer {

@@ -233,6 +233,7 @@ impl Engine {
         let made = match self.cloud.find_created(live.fence).await {
             Ok(None) => return Found::NotBegun,
             Ok(Some(made)) if made.mark == Some(new.label.mark) && made.name == new.name => Ok(made),
+            Ok(Some(_)) if live.stopping() => return Found::Failed(Fail::ambiguous(Error::Cancelled)),
             Ok(Some(_)) => self.cloud.create(&self.call(live), &new).await,
             Err(error) => Err(error),
         };

@@ -149,6 +149,8 @@ impl Engine {
                 return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm }));
             }
             Some(_) => {}
+            // It was there when recovery looked, and somebody has taken it away since.
+            None if live.recovering => return Err(Fail::clean(Error::LeftBehind { what })),
             None => self.call_attach(live, &volume, seen, vm, slot, &what).await?,
         }
         if vm == self.host {
