@@ -120,6 +120,23 @@ pub(super) fn pending(seen: &CloudVolume) -> Option<CloudError> {
     Some(CloudError::Refused { why: Refusal::Passing, words })
 }
 
+/// What a look directly before a call says to it: only what is there, does not carry this host, has
+/// exactly our mark and no job of the cloud pending on it may be changed. Pure.
+pub(super) fn may_change(seen: Option<CloudVolume>, ours: Mark) -> Result<CloudVolume, CloudError> {
+    let refused = |why, words: String| Err(CloudError::Refused { why, words });
+    let Some(seen) = seen else { return refused(Refusal::NoVolume, "the cloud knows it no more".into()) };
+    if let Some(why) = &seen.carries_host {
+        return refused(Refusal::Protected, why.clone());
+    }
+    if seen.mark != Some(ours) {
+        return refused(Refusal::Mark(seen.mark), "its mark is another".into());
+    }
+    match pending(&seen) {
+        Some(refusal) => Err(refusal),
+        None => Ok(seen),
+    }
+}
+
 fn not_journaled(what: String, error: StoreError) -> Error {
     match error {
         StoreError::Full { words } => Error::NoCapacity { what: format!("the record ({what})"), words },
@@ -438,7 +455,6 @@ impl Engine {
     {
         let fresh = parking_lot::Mutex::new(fresh);
         let expected = self.mark(volume);
-        let refused = |why, words: String| Err(CloudError::Refused { why, words });
         // The inner failure is our own: it was stopped, or abandoned, during the look.
         let attempt = || async {
             let looked = fresh.lock().take();
@@ -446,16 +462,7 @@ impl Engine {
                 Some(seen) => Some(seen),
                 None => self.cloud.find(volume.uuid).await?,
             };
-            let Some(seen) = seen else { return refused(Refusal::NoVolume, "the cloud knows it no more".into()) };
-            if let Some(why) = &seen.carries_host {
-                return refused(Refusal::Protected, why.clone());
-            }
-            if seen.mark != Some(expected) {
-                return refused(Refusal::Mark(seen.mark), "its mark is another".into());
-            }
-            if let Some(refusal) = pending(&seen) {
-                return Err(refusal);
-            }
+            let seen = may_change(seen, expected)?;
             if live.stopping() {
                 return Ok(Err(Fail::clean(Error::Cancelled)));
             }

@@ -10,6 +10,7 @@ mod operations;
 mod ownership;
 
 mod recovery;
+mod search;
 mod settle;
 mod snapshot_sets;
 mod snapshots;

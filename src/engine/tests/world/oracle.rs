@@ -50,6 +50,8 @@ pub struct Book {
     pub edges: BTreeMap<(Status, Status), u64>,
     pub ends: HashMap<(Verb, Outcome), u64>,
     pub statuses: BTreeMap<DiskRow, Status>,
+    /// When a look of this life first did not show a volume.
+    pub absent: BTreeMap<VolumeId, u64>,
 }
 
 fn taking_begins(what: &Do) -> bool {
@@ -272,9 +274,28 @@ impl Sim {
         }
     }
 
-    /// L9: an edge of a volume's status that was shown.
-    pub fn shows(&self, row: DiskRow, status: Status) {
+    /// A look that was asked for now shows the volume, or does not.
+    pub fn absence(&self, volume: VolumeId, shown: bool) {
+        let now = self.now();
+        let absent = &mut self.state().book.absent;
+        match shown {
+            true => drop(absent.remove(&volume)),
+            false => drop(absent.entry(volume).or_insert(now)),
+        }
+    }
+
+    /// L9: an edge of a volume's status that was shown; V6: `missing` is believed of two looks 10 s apart.
+    pub fn shows(&self, row: DiskRow, volume: VolumeId, status: Status) {
+        let now = self.now();
+        let gap = |state: &super::State| state.book.absent.get(&volume).map(|first| now - first);
         let mut state = self.state();
+        if status == Status::Missing
+            && state.book.statuses.get(&row) != Some(&Status::Missing)
+            && gap(&state).is_none_or(|gap| gap < 10_000)
+        {
+            let gap = gap(&state);
+            state.book.violations.push(format!("v6: {volume} is missing, first not seen {gap:?} ms ago"));
+        }
         let book = &mut state.book;
         let Some(was) = book.statuses.insert(row, status) else { return };
         if was != status {
@@ -289,9 +310,7 @@ pub fn edge_is_documented(from: Status, to: Status) -> bool {
     use Status::*;
     let settled = |s: Status| !s.in_flight();
     match (from, to) {
-        // V6: believed only after a look that could not tell (V7), or that contradicted itself (V8).
-        (from, Missing) if settled(from) => matches!(from, Unknown | Conflict),
-        // V3 to V8: what is observed corrects where a volume is.
+        // V3 to V8: what is observed corrects where a volume is; V6 has its own check.
         (from, to) if settled(from) && settled(to) => true,
         // X1, X2: begun where it is detached, or lost and waited for. R: after a crash it is unknown, and taken over.
         (Detached | Lost | Unknown, Attaching) => true,

@@ -439,6 +439,7 @@ fn begin(sim: &Sim) -> (Arc<Engine>, u64) {
         state.life += 1;
         state.kernel.open.clear();
         state.book.statuses.clear();
+        state.book.absent.clear();
         state.life
     };
     sim.say(|| "a daemon starts".into());
@@ -459,7 +460,7 @@ fn begin(sim: &Sim) -> (Arc<Engine>, u64) {
     let show = move |world: &crate::engine::World| {
         if watch.state().life == life {
             for volume in world.volumes.values() {
-                watch.shows(volume.row, volume.status());
+                watch.shows(volume.row, volume.uuid, volume.status());
             }
         }
     };

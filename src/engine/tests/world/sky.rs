@@ -278,7 +278,12 @@ impl Cloud for Port {
     }
 
     async fn find(&self, volume: VolumeId) -> Result<Option<CloudVolume>, CloudError> {
-        let seen = self.look(Point::Find, |sim| sim.shown(volume)).await?;
+        let see = |sim: &Sim| {
+            let seen = sim.shown(volume);
+            sim.absence(volume, seen.is_some());
+            seen
+        };
+        let seen = self.look(Point::Find, see).await?;
         self.sim.looked(volume, seen.as_ref());
         Ok(seen)
     }
@@ -298,6 +303,9 @@ impl Cloud for Port {
 
     async fn survey(&self, survey: &Survey) -> Result<Vec<CloudVolume>, CloudError> {
         self.look(Point::Survey, |sim| {
+            for volume in &survey.volumes {
+                sim.absence(*volume, sim.shown(*volume).is_some());
+            }
             let state = sim.state();
             let wanted = |(id, v): &(&VolumeId, &Vol)| {
                 survey.volumes.contains(id)
