@@ -61,8 +61,10 @@ impl Engine {
         if !sees_us {
             return CloudView::Absent { confirmed: false };
         }
-        let first = *self.core.lock().absent.entry(volume).or_insert(looked);
-        let confirmed = looked.saturating_duration_since(first) >= self.absence_gap() && first != looked;
+        // What was asked for at `looked` was so at some moment until now: the second look is asked for
+        // a whole gap after the first one was answered, however late that was.
+        let first = *self.core.lock().absent.entry(volume).or_insert_with(Instant::now);
+        let confirmed = looked.saturating_duration_since(first) >= self.absence_gap() && looked > first;
         CloudView::Absent { confirmed }
     }
 

@@ -97,6 +97,11 @@ pub const ALL: &[Regression] = &[
         ],
     ),
     (
+        "two looks made a volume missing that were not 10 s apart, because the first one was answered late",
+        10_808,
+        &[Step::Hand(1, Hand::Delete), Pass(70000), Do(1, Attach)],
+    ),
+    (
         "a look that came late was in the record, and another one was shown",
         2892,
         &[Arm(Point::Other, LateAnswer(40000)), Pass(11000), Do(0, Attach), Pass(70000), Pull(0), Pass(30)],
