@@ -20,7 +20,7 @@ pub const ALL: &[Regression] = &[
     (
         "an attach that was cancelled after the cloud had done it was called cancelled, nothing changed",
         35,
-        &[Do(0, Attach), Pass(1), Step::Cancel, Pass(5), Step::Cancel, Pass(30), Step::Cancel, Pass(1500)],
+        &[Arm(Point::Attach, LateAnswer(2500)), Do(0, Attach), Pass(300), Step::Cancel, Pass(7000)],
     ),
     (
         "a cancel during recovery made interrupted, nothing changed, of an attach that was done",
@@ -46,17 +46,16 @@ pub const ALL: &[Regression] = &[
         "an answer that came while an abandon failed at the record was dropped, and the operation never ended",
         350,
         &[
-            Arm(Point::Attach, Straggle(50)),
-            Do(1, Attach),
-            Do(0, Delete),
-            Pass(7000),
-            Pull(1),
+            Arm(Point::Attach, LateAnswer(1200)),
+            Do(0, Attach),
+            Pass(30),
+            Step::Hand(1, Hand::AttachThere),
+            Arm(Point::Other, LateAnswer(4000)),
+            Do(1, Reconcile),
+            Pass(300),
             Arm(Point::End, Refuse),
-            Pass(70000),
-            Do(3, AttachAll),
             Abandon,
-            Do(1, Detach),
-            Pass(5),
+            Pass(7000),
         ],
     ),
     (
@@ -104,6 +103,15 @@ pub const ALL: &[Regression] = &[
     (
         "a look that came late was in the record, and another one was shown",
         2892,
-        &[Arm(Point::Other, LateAnswer(40000)), Pass(11000), Do(0, Attach), Pass(70000), Pull(0), Pass(30)],
+        &[
+            Step::Hand(0, Hand::AttachThere),
+            Arm(Point::Other, LateAnswer(30_000)),
+            Pass(61_000),
+            Step::Hand(0, Hand::Detach),
+            Do(0, Reconcile),
+            Pass(300),
+            Step::Hand(0, Hand::AttachThere),
+            Pass(70_000),
+        ],
     ),
 ];
