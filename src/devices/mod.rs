@@ -89,6 +89,12 @@ pub trait Hold: Send + std::fmt::Debug {}
 
 /// The kernel's block devices.
 pub trait Devices: Send + Sync {
+    /// Whether asking may block, so that it is done on a worker thread. A kernel in memory answers at
+    /// once, and a simulated world has no thread whose pace would decide what comes first.
+    fn may_block(&self) -> bool {
+        true
+    }
+
     /// Which start of the machine this is.
     fn boot(&self) -> BootId;
 

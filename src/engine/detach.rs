@@ -196,7 +196,7 @@ impl Engine {
         let answer = self.watched(&call, volume.uuid, false, calling).await;
         failpoint::reach("detach.after-call").await;
         match answer {
-            Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {
+            Err(fail) if fail.ambiguous => match self.look_after(live, volume.uuid).await {
                 Ok(Some(seen)) if seen.attached.is_none_or(|a| a.vm != vm) => Ok(()),
                 _ => Err(fail),
             },

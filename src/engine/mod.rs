@@ -394,6 +394,10 @@ impl Engine {
     /// C14: ends an operation in the record; whatever it still brings is a late answer.
     async fn abandon(&self, id: OpId, caller: &Caller) -> Result<(), Error> {
         let live = self.core.lock().live.get(&id).cloned().ok_or(Error::NoSuchOperation { id })?;
+        // What the journal has not taken yet has no end there either.
+        if live.journaled.wait().await.is_err() {
+            return Err(Error::NoSuchOperation { id });
+        }
         if !live.take_end() {
             let running = command::spell(&live.action);
             return Err(Error::InFlight {
@@ -413,7 +417,7 @@ impl Engine {
         }
         changes.push(crate::store::Change::OpEnd { id, outcome: Outcome::Abandoned, sentence: sentence.clone(), at });
         if let Err(error) = self.store.commit(changes).await {
-            // It is given back; an answer that came meanwhile is dropped, and the abandon can be repeated.
+            // It is given back: to an answer that came meanwhile and waits for it, or to the next abandon.
             live.ending.store(false, std::sync::atomic::Ordering::SeqCst);
             return Err(Error::NotJournaled { what: format!("`abandon {id}`"), words: error.to_string() });
         }

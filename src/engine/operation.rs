@@ -121,6 +121,23 @@ pub(super) fn pending(seen: &CloudVolume) -> Option<CloudError> {
     Some(CloudError::Refused { why: Refusal::Passing, words })
 }
 
+/// What a look directly before a call says to it: only what is there, does not carry this host, has
+/// exactly our mark and no job of the cloud pending on it may be changed. Pure.
+pub(super) fn may_change(seen: Option<CloudVolume>, ours: Mark) -> Result<CloudVolume, CloudError> {
+    let refused = |why, words: String| Err(CloudError::Refused { why, words });
+    let Some(seen) = seen else { return refused(Refusal::NoVolume, "the cloud knows it no more".into()) };
+    if let Some(why) = &seen.carries_host {
+        return refused(Refusal::Protected, why.clone());
+    }
+    if seen.mark != Some(ours) {
+        return refused(Refusal::Mark(seen.mark), "its mark is another".into());
+    }
+    match pending(&seen) {
+        Some(refusal) => Err(refusal),
+        None => Ok(seen),
+    }
+}
+
 fn not_journaled(what: String, error: StoreError) -> Error {
     match error {
         StoreError::Full { words } => Error::NoCapacity { what: format!("the record ({what})"), words },
@@ -159,9 +176,13 @@ impl Engine {
     pub(super) async fn conclude(self: &Arc<Self>, live: Live, acted: Acted) {
         let verb = live.action.verb();
         failpoint::reach(&format!("{verb}.acted")).await;
-        if !live.take_end() {
-            tracing::warn!(operation = %live.id, %verb, "a late answer: the operation had been abandoned; ignored");
-            return;
+        while !live.take_end() {
+            if !self.core.lock().owns(&live) {
+                tracing::warn!(operation = %live.id, %verb, "a late answer: the operation had been abandoned; ignored");
+                return;
+            }
+            // An `abandon` is at the record with its end, and gives it back if the record does not take it.
+            tokio::time::sleep(LOOK_AGAIN).await;
         }
         match acted {
             Ok(done) => self.succeeded(live, done).await,
@@ -438,27 +459,38 @@ impl Engine {
     {
         let fresh = parking_lot::Mutex::new(fresh);
         let expected = self.mark(volume);
-        let refused = |why, words: String| Err(CloudError::Refused { why, words });
+        // The inner failure is our own: it was stopped, or abandoned, during the look.
         let attempt = || async {
             let looked = fresh.lock().take();
             let seen = match looked {
                 Some(seen) => Some(seen),
                 None => self.cloud.find(volume.uuid).await?,
             };
-            let Some(seen) = seen else { return refused(Refusal::NoVolume, "the cloud knows it no more".into()) };
-            if let Some(why) = &seen.carries_host {
-                return refused(Refusal::Protected, why.clone());
+            let seen = may_change(seen, expected)?;
+            if live.stopping() {
+                return Ok(Err(Fail::clean(Error::Cancelled)));
             }
-            if seen.mark != Some(expected) {
-                return refused(Refusal::Mark(seen.mark), "its mark is another".into());
-            }
-            if let Some(refusal) = pending(&seen) {
-                return Err(refusal);
-            }
-            call(seen).await
+            call(seen).await.map(Ok)
         };
         let answer = self.retrying(live, what, attempt).await;
-        answer.map_err(|error| cloud_fail(what, Some(volume.uuid), Some(expected), self.about.name, error))
+        answer.unwrap_or_else(|error| Err(cloud_fail(what, Some(volume.uuid), Some(expected), self.about.name, error)))
+    }
+
+    /// Looks after a call that got no clear answer: not before the cloud's job on the volume is final,
+    /// because until then no look is the call's outcome. Only an operation that was asked to stop gets a
+    /// look with a job pending.
+    pub(super) async fn look_after(&self, live: &Live, volume: VolumeId) -> Result<Option<CloudVolume>, CloudError> {
+        loop {
+            let looked = self.cloud.find(volume).await?;
+            match looked.as_ref().and_then(|seen| seen.pending.as_deref()) {
+                Some(job) if !live.stopping() => {
+                    let step = format!("no clear answer: the cloud's job {job} is still pending");
+                    self.publish(|core, _| core.step(live.id, &step));
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+                _ => return Ok(looked),
+            }
+        }
     }
 
     /// A volume as seen, if it is one that this record may change.
@@ -486,15 +518,19 @@ impl Engine {
         let mut pause = PASSING_FIRST;
         loop {
             match call().await {
-                Err(CloudError::Refused { why: Refusal::Passing, words })
+                Err(error @ CloudError::Refused { why: Refusal::Passing, .. })
                     if began.elapsed() < PASSING_IN_ALL && !live.stopping() =>
                 {
+                    let words = error.to_string();
                     tracing::info!(what, "the cloud refuses for now: {words}");
                     self.publish(|core, _| {
                         core.step(live.id, &format!("the cloud refuses for now, tried again: {words}"))
                     });
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(PASSING_LONGEST);
+                    if live.stopping() {
+                        return Err(error);
+                    }
                 }
                 answer => return answer,
             }
@@ -540,11 +576,14 @@ impl Engine {
         }
     }
 
-    /// Asks the kernel from a worker thread.
+    /// Asks the kernel, from a worker thread where that may block.
     pub(super) async fn kernel<T: Send + 'static>(
         &self,
         ask: impl FnOnce(&dyn Devices) -> Result<T, DevicesError> + Send + 'static,
     ) -> Result<T, DevicesError> {
+        if !self.devices.may_block() {
+            return ask(&*self.devices);
+        }
         let devices = self.devices.clone();
         match tokio::task::spawn_blocking(move || ask(&*devices)).await {
             Ok(answer) => answer,

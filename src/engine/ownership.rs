@@ -214,6 +214,10 @@ impl Engine {
         expect: Option<Mark>,
         new: Option<&Label>,
     ) -> Result<(), Fail> {
+        // Recovery comes here without a step, after looks in which it may have been abandoned.
+        if live.stopping() {
+            return Err(Fail::clean(Error::Cancelled));
+        }
         let call = self.call(live);
         let answer = self.retrying(live, what, || self.cloud.exchange_mark(&call, volume, expect, new)).await;
         match answer {
@@ -224,9 +228,9 @@ impl Engine {
                 if !fail.ambiguous {
                     return Err(fail);
                 }
-                match self.cloud.find(volume).await {
+                match self.look_after(live, volume).await {
                     Ok(Some(seen)) if seen.mark == new.map(|l| l.mark) => Ok(()),
-                    Ok(Some(seen)) if seen.mark == expect => Err(Fail::clean(fail.error)),
+                    Ok(Some(seen)) if seen.mark == expect && seen.pending.is_none() => Err(Fail::clean(fail.error)),
                     _ => Err(fail),
                 }
             }

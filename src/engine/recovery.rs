@@ -12,10 +12,10 @@ use super::core::Live;
 use super::operation::{Done, Fail};
 use super::ticket::Ticket;
 use super::{Engine, Target};
-use crate::cloud::{CloudError, Label, Refusal};
+use crate::cloud::{CloudError, CloudVolume, Label, Refusal};
 use crate::command::{self, Action, Place};
 use crate::error::Error;
-use crate::model::{DiskRow, JobRow, Mark, Outcome, Status, Verb, VolumeId};
+use crate::model::{DiskRow, JobRow, Mark, Outcome, Status, Verb, VmId, VolumeId};
 use crate::store::{Change, OpRow};
 
 /// What looking has told about an operation that was left behind.
@@ -36,12 +36,23 @@ pub(super) fn epoch_of(row: &OpRow) -> u64 {
     detail["epoch"].as_u64().unwrap_or(0)
 }
 
-/// What a failure of a step that recovery repeated means: only a silent cloud is waited for.
+/// What a failure of a step that recovery repeated means: only a silent cloud is waited for. It was
+/// seen to have begun, so no failure says that nothing was changed, a `cancel` of the rest among them.
 fn left(fail: Fail) -> Found {
     match fail.error {
         Error::CloudUnreachable { .. } | Error::CloudAmbiguous { .. } => Found::Unclear(fail),
-        _ if fail.ambiguous => Found::Failed(fail),
-        _ => Found::NotBegun,
+        error => Found::Failed(Fail::ambiguous(error)),
+    }
+}
+
+/// Whether a look shows that the cloud has done an attach or a detach that a crash left behind. Pure.
+pub(super) fn has_begun(action: &Action, seen: Option<&CloudVolume>, ours: Mark, host: VmId) -> bool {
+    let Some(seen) = seen.filter(|seen| seen.mark == Some(ours)) else { return false };
+    let on = |vm: &Option<VmId>| seen.attached.is_some_and(|at| at.vm == vm.unwrap_or(host));
+    match action {
+        Action::Attach { vm, .. } => on(vm),
+        Action::Detach { vm, .. } => !on(vm),
+        _ => false,
     }
 }
 
@@ -243,6 +254,7 @@ impl Engine {
         let made = match self.cloud.find_created(live.fence).await {
             Ok(None) => return Found::NotBegun,
             Ok(Some(made)) if made.mark == Some(new.label.mark) && made.name == new.name => Ok(made),
+            Ok(Some(_)) if live.stopping() => return Found::Failed(Fail::ambiguous(Error::Cancelled)),
             Ok(Some(_)) => self.cloud.create(&self.call(live), &new).await,
             Err(error) => Err(error),
         };
@@ -284,19 +296,17 @@ impl Engine {
         match action {
             Action::Attach { vm, slot } => {
                 let vm = vm.unwrap_or(self.host);
-                match &seen {
+                match has_begun(action, seen.as_ref(), ours, self.host) {
                     // The cloud has begun: the same steps find it attached, and prove it.
-                    Some(seen) if seen.attached.is_some_and(|a| a.vm == vm) && seen.mark == Some(ours) => {
-                        finish(self.attach(live, row, Some(vm), *slot).await)
-                    }
-                    _ => Found::NotBegun,
+                    true => finish(self.attach(live, row, Some(vm), *slot).await),
+                    false => Found::NotBegun,
                 }
             }
             Action::Detach { vm, force } => {
                 let vm = vm.unwrap_or(self.host);
-                match &seen {
+                match has_begun(action, seen.as_ref(), ours, self.host) {
                     // Gone from there: the same steps find nothing to take away, and record it.
-                    Some(seen) if seen.attached.is_none_or(|a| a.vm != vm) && seen.mark == Some(ours) => {
+                    true => {
                         if vm == self.host {
                             if let Some(mapping) = &volume.mapping {
                                 // The cloud has it no more: our descriptor only keeps it from going.
@@ -316,7 +326,7 @@ impl Engine {
                         }
                         finish(self.detach(live, row, Some(vm), *force).await)
                     }
-                    _ => Found::NotBegun,
+                    false => Found::NotBegun,
                 }
             }
             Action::Resize { size } => match &seen {

@@ -61,8 +61,10 @@ impl Engine {
         if !sees_us {
             return CloudView::Absent { confirmed: false };
         }
-        let first = *self.core.lock().absent.entry(volume).or_insert(looked);
-        let confirmed = looked.saturating_duration_since(first) >= self.absence_gap() && first != looked;
+        // What was asked for at `looked` was so at some moment until now: the second look is asked for
+        // a whole gap after the first one was answered, however late that was.
+        let first = *self.core.lock().absent.entry(volume).or_insert_with(Instant::now);
+        let confirmed = looked.saturating_duration_since(first) >= self.absence_gap() && looked > first;
         CloudView::Absent { confirmed }
     }
 
@@ -179,8 +181,12 @@ impl Engine {
         }
         self.publish_at(at, |core, at| {
             for s in settled {
-                if still(core, &s) {
-                    core.show(s, recorded, at);
+                match still(core, &s) {
+                    true => core.show(s, recorded, at),
+                    // Something has happened to it since, but the record has this now: the next look
+                    // writes what is shown.
+                    false if recorded => core.recorded(&s, at),
+                    false => {}
                 }
             }
         });
@@ -522,6 +528,13 @@ impl Engine {
 }
 
 impl Core {
+    /// What the record has of a volume, where something else is shown of it.
+    fn recorded(&mut self, s: &Settled, at: Timestamp) {
+        if s.changes.iter().any(|c| matches!(c, Change::VolumeStatus { .. })) {
+            self.with_volume(s.before.row, at, |v| v.recorded = s.finding.status);
+        }
+    }
+
     fn show(&mut self, s: Settled, recorded: bool, at: Timestamp) {
         let Settled { before, finding, seen, mapping, changes } = s;
         if finding.drift {

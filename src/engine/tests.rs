@@ -10,6 +10,8 @@ mod operations;
 mod ownership;
 
 mod recovery;
+mod search;
 mod settle;
 mod snapshot_sets;
 mod snapshots;
+mod world;

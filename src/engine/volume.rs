@@ -149,6 +149,8 @@ impl Engine {
                 return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm }));
             }
             Some(_) => {}
+            // It was there when recovery looked, and somebody has taken it away since.
+            None if live.recovering => return Err(Fail::clean(Error::LeftBehind { what })),
             None => self.call_attach(live, &volume, seen, vm, slot, &what).await?,
         }
         if vm == self.host {
@@ -203,14 +205,16 @@ impl Engine {
                 }
             }
         };
-        let calling = self.guarded(live, volume, what, Some(seen), attach);
+        // What was asked of the other VM may have taken its time: the look is not directly before the call any more.
+        let fresh = (vm == self.host).then_some(seen);
+        let calling = self.guarded(live, volume, what, fresh, attach);
         let answer = self.watched(&call, volume.uuid, true, calling).await;
         failpoint::reach("attach.after-call").await;
         match answer {
             Ok(()) => Ok(()),
-            Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {
+            Err(fail) if fail.ambiguous => match self.look_after(live, volume.uuid).await {
                 Ok(Some(seen)) if seen.attached.is_some_and(|a| a.vm == vm) => Ok(()),
-                Ok(Some(seen)) if seen.attached.is_none() => Err(Fail::clean(fail.error)),
+                Ok(Some(seen)) if seen.attached.is_none() && seen.pending.is_none() => Err(Fail::clean(fail.error)),
                 _ => Err(fail),
             },
             Err(fail) => Err(fail),
@@ -220,7 +224,7 @@ impl Engine {
     /// On this host it is done when the device is present and verified.
     async fn prove_here(self: &Arc<Self>, live: &Live, row: DiskRow, slot: Option<Slot>, what: &str) -> Acted {
         let mut changes = self.devices.changes();
-        self.step(live, "wait for the device")?;
+        self.step(live, "wait for the device").map_err(|f| Fail::ambiguous(f.error))?;
         let began = tokio::time::Instant::now();
         let mut asked = began;
         let mapping = loop {
@@ -348,7 +352,8 @@ impl Engine {
         if live.recovering {
             return Err(Fail::ambiguous(error));
         }
-        self.step(live, "the cloud gave another device id: detach again")?;
+        let step = self.step(live, "the cloud gave another device id: detach again");
+        step.map_err(|f| Fail::ambiguous(f.error))?;
         match self.cloud.detach(&self.call(live), volume.uuid, at.vm, false).await {
             Ok(()) => Err(Fail::clean(error)),
             Err(e) => Err(Fail::ambiguous(cloud_fail(what, Some(volume.uuid), None, self.about.name, e).error)),
@@ -521,7 +526,7 @@ impl Engine {
             let deleting = self.guarded(live, &volume, &what, Some(seen), delete);
             let until = match deleting.await {
                 Ok(until) => until,
-                Err(fail) if fail.ambiguous => match self.cloud.find(volume.uuid).await {
+                Err(fail) if fail.ambiguous => match self.look_after(live, volume.uuid).await {
                     Ok(None) if self.sees_us().await => None,
                     _ => return Err(fail),
                 },

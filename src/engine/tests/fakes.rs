@@ -414,7 +414,11 @@ impl Lab {
         let engine =
             Engine::start(fake.clone(), fake.clone(), fake, options, tokio::runtime::Handle::current()).unwrap();
         let lab = self.clone();
-        engine.on_publish(Arc::new(move |_| lab.inner.moved.notify_waiters()));
+        let shown = Mutex::new(BTreeMap::new());
+        engine.on_publish(Arc::new(move |world| {
+            lab.inner.moved.notify_waiters();
+            along_the_graph(&mut shown.lock(), world);
+        }));
         engine
     }
 
@@ -581,6 +585,20 @@ impl Lab {
     /// Operations that have begun and not ended in the record.
     pub fn unfinished(&self) -> Vec<OpRow> {
         self.state().record.ops.values().filter(|o| o.ended.is_none()).cloned().collect()
+    }
+}
+
+/// L9, in every test here: a status moves along the documented graph only.
+fn along_the_graph(shown: &mut BTreeMap<DiskRow, Status>, world: &World) {
+    // Where there are many volumes, it is their number that is tested.
+    if world.volumes.len() > 100 {
+        return;
+    }
+    for volume in world.volumes.values() {
+        let status = volume.status();
+        if let Some(was) = shown.insert(volume.row, status).filter(|was| *was != status) {
+            assert!(super::world::edge_is_documented(was, status), "l9: from {was} to {status}");
+        }
     }
 }
 

@@ -7,7 +7,7 @@ fn constraint<T>(words: impl Into<String>) -> Result<T, StoreError> {
 }
 
 impl Record {
-    pub(super) fn used(&mut self, which: usize, row: i64) {
+    pub fn used(&mut self, which: usize, row: i64) {
         self.high[which] = self.high[which].max(row);
     }
 
@@ -169,6 +169,63 @@ impl Record {
         Ok(())
     }
 
+    /// What a start finds.
+    pub fn load(&self, record: RecordId, history: usize) -> Loaded {
+        let r = self;
+        let jobs: Vec<JobLoaded> = r.jobs.values().filter(|j| !j.forgotten).map(|j| j.loaded.clone()).collect();
+        let disks = r
+            .owns
+            .iter()
+            .map(|(row, own)| {
+                let v = &r.volumes[&own.volume];
+                DiskLoaded {
+                    row: *row,
+                    job: own.job,
+                    disk: own.disk.clone(),
+                    epoch: own.epoch,
+                    at: own.at,
+                    volume: own.volume,
+                    name: v.name.clone(),
+                    size: v.size,
+                    serial: v.serial.clone(),
+                    cloud_state: v.cloud_state.clone(),
+                    device_id: v.device_id,
+                    status: v.status,
+                    status_at: v.status_at,
+                    mapping: r.mappings.get(&own.volume).cloned(),
+                }
+            })
+            .collect();
+        let owned = |id: &VolumeId| r.owns.values().any(|o| o.volume == *id);
+        let loose = r.volumes.iter().filter(|(id, v)| !v.gone && !owned(id)).map(|(id, _)| *id).collect();
+        let ended: Vec<(OpRow, Option<JobId>)> = r
+            .ops
+            .values()
+            .filter(|o| o.ended.is_some())
+            .map(|o| (o.clone(), o.job.map(|row| r.jobs[&row].loaded.id.clone())))
+            .collect();
+        let skip = ended.len().saturating_sub(history);
+        Loaded {
+            record,
+            jobs,
+            disks,
+            snapshots: r.snapshots.values().filter(|s| !s.gone).map(|s| s.loaded.clone()).collect(),
+            loose,
+            volume_rows: r.volumes.iter().map(|(id, v)| (*id, v.row)).collect(),
+            unfinished: r.ops.values().filter(|o| o.ended.is_none()).cloned().collect(),
+            history: ended.into_iter().skip(skip).collect(),
+            next: Next {
+                job: r.high[0] + 1,
+                volume: r.high[1] + 1,
+                disk: r.high[2] + 1,
+                mapping: r.high[3] + 1,
+                operation: r.high[4] + 1,
+                snapshot: r.high[5] + 1,
+                epoch: r.epoch + 1,
+            },
+        }
+    }
+
     fn tables(&mut self) -> Record {
         let batches = std::mem::take(&mut self.batches);
         let tables = self.clone();
@@ -176,7 +233,7 @@ impl Record {
         tables
     }
 
-    pub(super) fn take(&mut self, batch: &[Change]) -> Result<(), StoreError> {
+    pub fn take(&mut self, batch: &[Change]) -> Result<(), StoreError> {
         // Tables share their structure: a batch that is refused half way leaves them as they were.
         let mut after = self.tables();
         for change in batch {
@@ -253,59 +310,6 @@ impl Store for Fake {
     }
 
     fn load(&self, history: usize) -> Result<Loaded, StoreError> {
-        let state = self.lab.state();
-        let r = &state.record;
-        let jobs: Vec<JobLoaded> = r.jobs.values().filter(|j| !j.forgotten).map(|j| j.loaded.clone()).collect();
-        let disks = r
-            .owns
-            .iter()
-            .map(|(row, own)| {
-                let v = &r.volumes[&own.volume];
-                DiskLoaded {
-                    row: *row,
-                    job: own.job,
-                    disk: own.disk.clone(),
-                    epoch: own.epoch,
-                    at: own.at,
-                    volume: own.volume,
-                    name: v.name.clone(),
-                    size: v.size,
-                    serial: v.serial.clone(),
-                    cloud_state: v.cloud_state.clone(),
-                    device_id: v.device_id,
-                    status: v.status,
-                    status_at: v.status_at,
-                    mapping: r.mappings.get(&own.volume).cloned(),
-                }
-            })
-            .collect();
-        let owned = |id: &VolumeId| r.owns.values().any(|o| o.volume == *id);
-        let loose = r.volumes.iter().filter(|(id, v)| !v.gone && !owned(id)).map(|(id, _)| *id).collect();
-        let ended: Vec<(OpRow, Option<JobId>)> = r
-            .ops
-            .values()
-            .filter(|o| o.ended.is_some())
-            .map(|o| (o.clone(), o.job.map(|row| r.jobs[&row].loaded.id.clone())))
-            .collect();
-        let skip = ended.len().saturating_sub(history);
-        Ok(Loaded {
-            record: self.lab.record_id(),
-            jobs,
-            disks,
-            snapshots: r.snapshots.values().filter(|s| !s.gone).map(|s| s.loaded.clone()).collect(),
-            loose,
-            volume_rows: r.volumes.iter().map(|(id, v)| (*id, v.row)).collect(),
-            unfinished: r.ops.values().filter(|o| o.ended.is_none()).cloned().collect(),
-            history: ended.into_iter().skip(skip).collect(),
-            next: Next {
-                job: r.high[0] + 1,
-                volume: r.high[1] + 1,
-                disk: r.high[2] + 1,
-                mapping: r.high[3] + 1,
-                operation: r.high[4] + 1,
-                snapshot: r.high[5] + 1,
-                epoch: r.epoch + 1,
-            },
-        })
+        Ok(self.lab.state().record.load(self.lab.record_id(), history))
     }
 }

@@ -1,0 +1,117 @@
+//! Schedules that once failed, made small, each with what it has found.
+
+use super::plan::{Cmd::*, Hand, Step, Step::*};
+use super::{Fault::*, Point};
+
+/// What a regression is about, its seed (the ids, the latencies, the provider's kind) and its steps.
+pub type Regression = (&'static str, u64, &'static [Step]);
+
+pub const ALL: &[Regression] = &[
+    (
+        "an attach without a clear answer was called failed while the cloud's job still ran",
+        12,
+        &[Arm(Point::Attach, Straggle(800)), Step::Hand(0, Hand::Detach), Do(0, AttachAt(0)), Pass(1500)],
+    ),
+    (
+        "the look before an attach to another VM was as old as the answer about that VM was late",
+        25,
+        &[Arm(Point::Vm, Straggle(40000)), Do(1, AttachThere), Pass(7000)],
+    ),
+    (
+        "an attach that was cancelled after the cloud had done it was called cancelled, nothing changed",
+        35,
+        &[Arm(Point::Attach, LateAnswer(2500)), Do(0, Attach), Pass(300), Step::Cancel, Pass(7000)],
+    ),
+    (
+        "a cancel during recovery made interrupted, nothing changed, of an attach that was done",
+        99,
+        &[Do(0, Attach), Pass(1500), Kill, Step::Cancel],
+    ),
+    (
+        "a move without a clear answer was called failed while the cloud's job still ran, and came after its end",
+        109,
+        &[Arm(Point::Mark, Straggle(2500)), Do(0, Move), Pass(30)],
+    ),
+    (
+        "a move's mark came while its end was on the way to the record",
+        876,
+        &[Arm(Point::End, Straggle(40000)), Arm(Point::Mark, Straggle(2500)), Do(0, Move), Pass(30)],
+    ),
+    (
+        "a passing refusal was retried after the operation had been abandoned",
+        2186,
+        &[Do(0, Attach), Pass(7000), Arm(Point::Detach, Busy), Do(0, Detach), Pass(70), Step::Abandon, Pass(1500)],
+    ),
+    (
+        "an answer that came while an abandon failed at the record was dropped, and the operation never ended",
+        350,
+        &[
+            Arm(Point::Attach, LateAnswer(1200)),
+            Do(0, Attach),
+            Pass(30),
+            Step::Hand(1, Hand::AttachThere),
+            Arm(Point::Other, LateAnswer(4000)),
+            Do(1, Reconcile),
+            Pass(300),
+            Arm(Point::End, Refuse),
+            Abandon,
+            Pass(7000),
+        ],
+    ),
+    (
+        "recovery attached again what another hand had detached between its two looks",
+        115_351,
+        &[
+            Arm(Point::Attach, KillStraggle(800)),
+            Do(0, Attach),
+            Pass(7000),
+            Arm(Point::Find, Straggle(40000)),
+            Pass(1),
+            Step::Hand(0, Hand::Detach),
+        ],
+    ),
+    (
+        "recovery went on with the mark of a move that had been abandoned",
+        190_103,
+        &[
+            Arm(Point::Running, LateAnswer(50)),
+            Arm(Point::Find, KillStraggle(800)),
+            Do(1, Move),
+            Step::Hand(1, Hand::Unmark),
+            Pass(30),
+            Abandon,
+            Pass(7000),
+        ],
+    ),
+    (
+        "an abandon came before the journal had its operation, and its end was refused",
+        150_270,
+        &[
+            Step::Hand(0, Hand::AttachThere),
+            Arm(Point::Begin, Unreachable),
+            Kill,
+            Do(0, DetachAll),
+            Abandon,
+            Pass(7000),
+        ],
+    ),
+    (
+        "two looks made a volume missing that were not 10 s apart, because the first one was answered late",
+        10_808,
+        &[Step::Hand(1, Hand::Delete), Pass(70000), Do(1, Attach)],
+    ),
+    (
+        "a look that came late was in the record, and another one was shown",
+        2892,
+        &[
+            Step::Hand(0, Hand::AttachThere),
+            Arm(Point::Other, LateAnswer(30_000)),
+            Pass(61_000),
+            Step::Hand(0, Hand::Detach),
+            Do(0, Reconcile),
+            Pass(300),
+            Step::Hand(0, Hand::AttachThere),
+            Pass(70_000),
+        ],
+    ),
+];
