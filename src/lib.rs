@@ -26,7 +26,8 @@
 //! | [`fs`] | the tree: node ids, rendering, handles, waiting, the mount; alone knows `fuser` | `engine`, `command`, `model`, `error` |
 //! | [`sys`] | ioctls without a wrapper | nothing of ours |
 //! | [`failpoint`] | named points for tests; empty in a release build | nothing of ours |
-//! | [`config`], [`daemon`], [`start`], [`check`], [`demo`] | the program around it: the only place that knows every layer | everything |
+//! | [`binding`] | what a record is bound to beside itself: provider, machine, its own past | `config`, `model`, `store` |
+//! | [`config`], [`daemon`], [`start`], [`check`], [`upkeep`], [`demo`] | the program around it: the only place that knows every layer | everything |
 //!
 //! `tests/layers.rs` holds the `use` lines against this table.
 //!
@@ -41,6 +42,7 @@
 //! kernel's memory at that moment: a pinned descriptor's `diskseq`. No lock of an operation, no SQL,
 //! no call of the cloud.
 
+pub mod binding;
 pub mod check;
 pub mod cloud;
 pub mod command;
@@ -56,3 +58,4 @@ pub mod model;
 pub mod start;
 pub mod store;
 pub mod sys;
+pub mod upkeep;

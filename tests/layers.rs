@@ -23,15 +23,30 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("engine", &["model", "error", "command", "failpoint", "store", "cloud", "devices"]),
     ("fs", &["engine", "command", "model", "error", "failpoint"]),
     ("config", &["model", "command", "error"]),
+    ("binding", &["config", "model", "store"]),
     (
         "daemon",
-        &["cloud", "command", "config", "devices", "engine", "error", "failpoint", "fs", "model", "store", "sys"],
+        &[
+            "binding",
+            "cloud",
+            "command",
+            "config",
+            "devices",
+            "engine",
+            "error",
+            "failpoint",
+            "fs",
+            "model",
+            "store",
+            "sys",
+        ],
     ),
     ("start", &["config", "daemon"]),
     ("check", &["cloud", "config", "daemon", "devices", "engine", "model", "start", "store"]),
+    ("upkeep", &["binding", "cloud", "config", "daemon", "model", "store"]),
     ("demo", &["config", "start", "sys"]),
     ("lib", &[]),
-    ("main", &["config", "start", "check", "demo", "daemon"]),
+    ("main", &["config", "start", "check", "demo", "daemon", "upkeep"]),
 ];
 
 /// Of store, cloud and devices the engine may name the traits and their types, not what is in their

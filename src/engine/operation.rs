@@ -327,6 +327,7 @@ impl Engine {
 
     async fn act(self: &Arc<Self>, live: &Live) -> Acted {
         self.on_proved_host().await?;
+        self.on_true_record(live).await?;
         match (live.target, &live.action) {
             (super::Target::Volume(row), Action::Attach { vm, slot }) => self.attach(live, row, *vm, *slot).await,
             (super::Target::Volume(row), Action::Detach { vm, force }) => self.detach(live, row, *vm, *force).await,
@@ -358,6 +359,7 @@ impl Engine {
         if live.stopping() || !self.core.lock().owns(live) {
             return Err(Fail::clean(Error::Cancelled));
         }
+        self.refusing()?;
         self.publish(|core, _| core.step(live.id, step));
         Ok(())
     }
@@ -442,6 +444,7 @@ impl Engine {
                 None => self.cloud.find(volume.uuid).await?,
             };
             let Some(seen) = seen else { return refused(Refusal::NoVolume, "the cloud knows it no more".into()) };
+            self.held_against(std::slice::from_ref(&seen));
             if let Some(why) = &seen.carries_host {
                 return refused(Refusal::Protected, why.clone());
             }
@@ -454,7 +457,11 @@ impl Engine {
             call(seen).await
         };
         let answer = self.retrying(live, what, attempt).await;
-        answer.map_err(|error| cloud_fail(what, Some(volume.uuid), Some(expected), self.about.name, error))
+        // A record that is found out is the reason, whatever its mark was compared with.
+        answer.map_err(|error| match (error, self.refusing()) {
+            (CloudError::Refused { .. }, Err(stale)) => stale,
+            (error, _) => cloud_fail(what, Some(volume.uuid), Some(expected), self.about.name, error),
+        })
     }
 
     /// A volume as seen, if it is one that this record may change.
@@ -462,6 +469,8 @@ impl Engine {
         let Some(seen) = seen else {
             return Err(Fail::clean(Error::NoSuchVolume { volume: volume.uuid }));
         };
+        self.held_against(std::slice::from_ref(&seen));
+        self.refusing()?;
         if let Some(why) = &seen.carries_host {
             return Err(Fail::clean(Error::Protected { volume: volume.uuid, why: why.clone() }));
         }
@@ -558,7 +567,8 @@ impl Engine {
     /// The record works, or does not: `health` says so.
     pub(super) fn store_health(&self, failed: Option<&Error>) {
         let now = match failed {
-            None => Component::Ok,
+            // That it works does not make it the last word.
+            None => self.truth.health(),
             Some(error) => {
                 tracing::error!("the record: {error}");
                 Component::Down(error.to_string().into())

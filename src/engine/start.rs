@@ -12,6 +12,7 @@ use super::core::Core;
 use super::host::Proof;
 use super::jobs::new_job;
 use super::ownership::blank;
+use super::truth::Truth;
 use super::world::{Component, Counters, Health, HistoryRow, Mapping, Times, Volume, World};
 use super::{Engine, Events, Options};
 use crate::cloud::Cloud;
@@ -38,7 +39,7 @@ impl Engine {
         let mut next = loaded.next;
         // An epoch that is only in an operation may be on a volume already.
         let journaled = loaded.unfinished.iter().chain(loaded.history.iter().map(|(op, _)| op));
-        next.epoch = next.epoch.max(journaled.map(|op| super::recovery::epoch_of(op) + 1).max().unwrap_or(0));
+        next.epoch = next.epoch.max(journaled.map(|op| op.epoch() + 1).max().unwrap_or(0));
         let mut core = Core::new(world, next, options.history);
         if let (true, Some(why)) = (options.foreign, &read_only) {
             core.world.health.store = Component::Down(why.clone());
@@ -67,7 +68,7 @@ impl Engine {
             exact_size: options.exact_size,
             interval: options.interval,
             absence_gap: options.absence_gap,
-            read_only,
+            truth: Truth::new(read_only, options.foreign),
             proof: Mutex::new(proof),
             cloud_seen: Mutex::new(tokio::time::Instant::now()),
             runtime: runtime.clone(),
@@ -76,7 +77,7 @@ impl Engine {
             rounds: tokio::sync::Mutex::new(()),
             rounds_ended: tokio::sync::watch::Sender::new(0),
         });
-        if engine.read_only.is_none() {
+        if engine.truth.refusing().is_none() {
             for row in unfinished {
                 match engine.take_over(&row) {
                     Some(live) => drop(runtime.spawn(engine.clone().recover(live))),

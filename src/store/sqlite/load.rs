@@ -138,7 +138,7 @@ fn read(conn: &Connection, history: usize) -> rusqlite::Result<Loaded> {
 }
 
 /// `sqlite_sequence` keeps the highest id a table ever had, also of rows that are gone.
-fn next(conn: &Connection, table: &str) -> rusqlite::Result<i64> {
+pub(super) fn next(conn: &Connection, table: &str) -> rusqlite::Result<i64> {
     conn.query_row("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = ?1", [table], |r| {
         let seq: i64 = r.get(0)?;
         seq.checked_add(1).ok_or_else(|| foreign(table, seq))
