@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use volfs::store::{Loaded, SqliteStore, Store, StoreError};
 
 use crate::common::Volfs;
-use crate::ground::{copy_database, loop_book, ok, run};
+use crate::ground::{copy_database, loop_book, ok, run, settled};
 
 const HISTORY: usize = 100_000;
 
@@ -278,7 +278,8 @@ fn a_damaged_wal_makes_the_record_older_and_that_is_noticed() {
                     }
                     down += 1;
                 } else {
-                    // At most the ends of operations are lost, which looking has settled.
+                    // At most the ends of operations are lost, which looking settles.
+                    settled(&volfs);
                     assert_eq!(volfs.value(format!("volumes/{}/status", ids[0])), "attached", "{at}");
                     assert!(volfs.path("jobs/k/disks/b").is_symlink(), "{at}");
                     whole += 1;

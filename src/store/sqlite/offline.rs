@@ -37,7 +37,7 @@ impl Offline {
         check_library()?;
         let path = opening::database(state_dir);
         if !make && fs::symlink_metadata(&path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
-            return Err(unusable(&path, "there is no such file"));
+            return Err(unusable(&path, "there is no such file: restore a backup, or `volfs rebuild`"));
         }
         opening::state_directory(state_dir)?;
         let lock = StateLock::take(state_dir)?;
