@@ -51,6 +51,9 @@ fn cut_short(live: &Live, what: String) -> Error {
         (Target::Job(_), Action::Revert { .. }) => "some of its volumes may be reverted: repeat it",
         (Target::Job(_), Action::DeleteSnapshot { .. }) => "some of its volumes may have it still: repeat it",
         (Target::Volume(_), Action::Revert { .. }) => "nobody can tell whether it was done: repeat it",
+        (Target::Job(_), Action::Claim { from: Some(_), .. }) => {
+            "the other record's mark may be off the volume already: repeat it"
+        }
         _ => return Error::LeftBehind { what },
     };
     Error::CutShort { what, way_out }

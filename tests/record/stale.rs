@@ -209,6 +209,12 @@ fn give_away(ground: &Ground, n: usize, ids: &[String], at: &str) {
     for id in ids {
         let ours = ground.volfs().path(control(id)).exists();
         let future = FUTURES[n % FUTURES.len()];
+        // Whom it was taken from gives it up, where it was: once to find out, and once for good.
+        for _ in 0..2 {
+            if second.path(control(id)).exists() {
+                second.write(control(id), &format!("release {id}"));
+            }
+        }
         let errno = match (future, ground.mark(id)) {
             ("taken", Some(mark)) => {
                 let from = mark.split('/').next().unwrap();
@@ -234,9 +240,11 @@ fn is_down(volfs: &Volfs, at: &str) {
     assert_eq!(mkdir, Err(Some(EROFS)), "{at}");
 }
 
-/// What is the copy's own still: marked as it says, or as an operation that it has begun says.
-fn mine(ground: &Ground, copied: &Copy) -> Vec<String> {
+/// What is the copy's own still: marked as it says, or as an operation that it has begun says; and
+/// what the copy says that it has.
+fn mine(ground: &Ground, copied: &Copy) -> (Vec<String>, Vec<String>) {
     let (record, disks, begun) = owned(&copied.dir, &ground.volfs().scratch("oracle"));
+    let recorded = disks.iter().map(|(id, _)| id.clone()).collect();
     let mut mine: Vec<String> = disks
         .into_iter()
         .filter(|(id, epoch)| ground.mark(id) == Some(format!("{record}/{epoch}")))
@@ -244,7 +252,7 @@ fn mine(ground: &Ground, copied: &Copy) -> Vec<String> {
         .collect();
     let given = |id: &String| begun.iter().any(|epoch| ground.mark(id) == Some(format!("{record}/{epoch}")));
     mine.extend(ground.ids().into_iter().filter(given));
-    mine
+    (mine, recorded)
 }
 
 fn sweep(mut ground: Ground, verb: &Verb, points: &[(&str, u32)]) {
@@ -261,7 +269,7 @@ fn sweep(mut ground: Ground, verb: &Verb, points: &[(&str, u32)]) {
     copy(&state, &truth);
     let (mut down, mut quiet) = (0, 0);
     for copied in &copies {
-        let mine = mine(&ground, copied);
+        let (mine, recorded) = mine(&ground, copied);
         for whole in [false, true] {
             let at = format!("{}, put back {}", copied.at, if whole { "whole" } else { "the database alone" });
             copy(if whole { &copied.dir } else { &truth }, &state);
@@ -277,6 +285,11 @@ fn sweep(mut ground: Ground, verb: &Verb, points: &[(&str, u32)]) {
             } else {
                 settled(ground.volfs());
                 quiet += 1;
+            }
+            for link in fs::read_dir(ground.volfs().path("volumes")).unwrap() {
+                let id = link.unwrap().file_name().into_string().unwrap();
+                let owned = ground.volfs().path(control(&id)).exists();
+                assert!(!owned || mine.contains(&id) || recorded.contains(&id), "{at}: recovery took {id}");
             }
             give_all(&ground, &at, &mine, refused);
             assert_eq!(difference(&before, &ground.book()), "", "{at}\n{}", ground.volfs().log());
