@@ -15,3 +15,4 @@ mod site;
 mod stale;
 mod together;
 mod upkeep;
+mod verbs;

@@ -11,90 +11,12 @@ use std::path::{Path, PathBuf};
 
 use crate::common::Volfs;
 use crate::ground::{Ground, copy, copy_database, settled};
+use crate::verbs::{CLAIM, CREATE, DELETE, DESTROY, MOVE, RELEASE, TAKE, Verb, control, job};
 
 const EROFS: i32 = libc::EROFS;
 
-/// One verb, on objects of its own for each step.
-struct Verb {
-    name: &'static str,
-    /// Makes what the n-th time is about; answers its volumes.
-    make: fn(&Ground, usize) -> Vec<String>,
-    /// Gives the command of the n-th time: to which file, and what.
-    command: fn(&Ground, usize, &[String]) -> (String, String),
-}
-
 /// What happens to the volumes afterwards.
 const FUTURES: [&str; 3] = ["release", "delete", "taken"];
-
-fn job(n: usize) -> String {
-    format!("j{n}")
-}
-
-fn made(ground: &Ground, n: usize) -> Vec<String> {
-    ground.volfs().job(&job(n), &["d"], ground.size())
-}
-
-const CREATE: Verb = Verb {
-    name: "create",
-    make: |ground, n| {
-        fs::create_dir(ground.volfs().path(format!("jobs/{}", job(n)))).unwrap();
-        Vec::new()
-    },
-    command: |_, n, _| (format!("jobs/{}/control", job(n)), "create d 1G".into()),
-};
-
-const CLAIM: Verb = Verb {
-    name: "claim",
-    make: |ground, n| {
-        let ids = made(ground, n);
-        assert_eq!(ground.volfs().write(control(&ids[0]), &format!("release {}", ids[0])), 0);
-        ids
-    },
-    command: |_, n, ids| (format!("jobs/{}/control", job(n)), format!("claim {} d", ids[0])),
-};
-
-/// A claim of what another record has marked.
-const TAKE: Verb = Verb {
-    name: "claim",
-    make: |ground, n| {
-        fs::create_dir(ground.volfs().path(format!("jobs/{}", job(n)))).unwrap();
-        ground.second.job("lost", &[&format!("l{n}")], ground.size())
-    },
-    command: |ground, n, ids| {
-        let mark = ground.mark(&ids[0]).unwrap();
-        let from = mark.split('/').next().unwrap();
-        (format!("jobs/{}/control", job(n)), format!("claim {} d from={from}", ids[0]))
-    },
-};
-
-const MOVE: Verb = Verb {
-    name: "move",
-    make: |ground, n| {
-        fs::create_dir(ground.volfs().path(format!("jobs/{}to", job(n)))).unwrap();
-        made(ground, n)
-    },
-    command: |_, n, ids| (control(&ids[0]), format!("move {}to", job(n))),
-};
-
-const RELEASE: Verb =
-    Verb { name: "release", make: made, command: |_, _, ids| (control(&ids[0]), format!("release {}", ids[0])) };
-
-const DELETE: Verb =
-    Verb { name: "delete", make: made, command: |_, _, ids| (control(&ids[0]), format!("delete {}", ids[0])) };
-
-const DESTROY: Verb = Verb {
-    name: "destroy",
-    make: |ground, n| {
-        let ids = ground.volfs().job(&job(n), &["d", "e"], ground.size());
-        assert_eq!(ground.volfs().write(control(&ids[0]), "attach"), 0, "{}", ground.volfs().log());
-        ids
-    },
-    command: |_, n, _| (format!("jobs/{}/control", job(n)), format!("destroy {}", job(n))),
-};
-
-fn control(id: &str) -> String {
-    format!("volumes/{id}/control")
-}
 
 /// A copy of the state directory, and what it was at.
 struct Copy {

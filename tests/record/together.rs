@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use crate::common::Volfs;
-use crate::ground::{Ground, copy};
+use crate::ground::{Ground, copy, meta};
 
 const EPERM: i32 = libc::EPERM;
 const ENOENT: i32 = libc::ENOENT;
@@ -190,27 +190,65 @@ fn of_two_daemons_with_one_record_over_a_cloud_one_stops_as_well() {
 #[test]
 fn a_move_that_ended_unclear_stops_its_own_volume_and_no_other() {
     let mut own = Volfs::prepare(&[], "reconcile_interval = 3600\n");
-    let gate = own.scratch("gate");
-    own.set_env(&[(
-        "VOLFS_FAILPOINTS",
-        &format!("loop.ambiguous=fail:{0};loop.unreachable=fail:{0}.look", gate.display()),
-    )]);
+    let [hold, lost, away] = ["hold", "lost", "away"].map(|name| own.scratch(name));
+    let points = [("loop.mark.after=wait", &hold), ("loop.ambiguous=fail", &lost), ("loop.unreachable=fail", &away)];
+    let points = points.map(|(point, file)| format!("{point}:{}", file.display())).join(";");
+    own.set_env(&[("VOLFS_FAILPOINTS", &points)]);
     own.launch();
     let ids = own.job("j", &["a", "b"], "1M");
     fs::create_dir(own.path("jobs/k")).unwrap();
-    // An answer that is lost, and a cloud that is away when it is looked for.
-    let hold = own.scratch("gate.look");
-    fs::write(&gate, "").unwrap();
-    let path = own.path(control(&ids[0]));
-    let errno = fs::write(path, "move k").map_or_else(|e| e.raw_os_error().unwrap(), |()| 0);
-    fs::remove_file(&gate).unwrap();
-    let _ = fs::remove_file(&hold);
-    own.write(control(&ids[0]), "reconcile");
-    // Whichever way it ended, the rest goes on, and so it does after a restart.
-    assert_eq!(own.write(control(&ids[1]), "attach"), 0, "{errno}\n{}", own.log());
-    assert_eq!(own.write(control(&ids[1]), "detach"), 0);
-    own.kill();
-    own.launch();
-    assert!(!own.read("health").unwrap().contains("read-only"), "{}", own.read("health").unwrap());
+    let store = own.state().join("loop");
+    let mark = |id: &str| meta(&store, id).unwrap()["mark"].as_str().unwrap().to_owned();
+    let before = mark(&ids[0]);
+    // The mark is put on, its answer is lost, and the cloud is away when it is looked for.
+    fs::write(&hold, "").unwrap();
+    fs::write(&lost, "").unwrap();
+    let errno = std::thread::scope(|scope| {
+        let path = own.path(control(&ids[0]));
+        let mover = scope.spawn(|| fs::write(path, "move k").map_or_else(|e| e.raw_os_error().unwrap(), |()| 0));
+        own.until("mark", || mark(&ids[0]) != before);
+        fs::write(&away, "").unwrap();
+        fs::remove_file(&hold).unwrap();
+        mover.join().unwrap()
+    });
+    assert_eq!(errno, libc::EHOSTUNREACH, "{}", own.log());
+    fs::remove_file(&lost).unwrap();
+    fs::remove_file(&away).unwrap();
+    for _ in 0..2 {
+        own.write(control(&ids[0]), "reconcile");
+        assert_eq!(own.value(format!("volumes/{}/status", ids[0])), "conflict");
+        for command in ["attach", "detach"] {
+            assert_eq!(own.write(control(&ids[1]), command), 0, "{}", own.log());
+        }
+        assert!(!own.read("health").unwrap().contains("read-only"), "{}", own.read("health").unwrap());
+        // And so after a restart.
+        own.kill();
+        own.launch();
+    }
     assert_eq!(own.write("jobs/j/control", "create c 1M"), 0, "{}", own.log());
+}
+
+/// The epoch that it would give next is on a volume already: nothing is given before it has looked.
+#[test]
+fn a_copy_that_starts_while_the_cloud_is_away_gives_nothing_before_it_has_looked() {
+    let mut ground = Ground::on_loops(&[]);
+    let away = ground.volfs().scratch("away");
+    ground.volfs_mut().set_env(&[("VOLFS_FAILPOINTS", &format!("loop.unreachable=fail:{}", away.display()))]);
+    ground.volfs().job("j", &["a"], "1M");
+    ground.kill();
+    let old = ground.volfs().scratch("old");
+    copy(&ground.volfs().state(), &old);
+    ground.volfs_mut().launch();
+    ground.volfs().job("j", &["later"], "1M");
+    ground.kill();
+    copy(&old, &ground.volfs().state());
+    let before = ground.book();
+    fs::write(&away, "").unwrap();
+    ground.volfs_mut().launch();
+    let volfs = ground.volfs();
+    assert_eq!(volfs.write("jobs/j/control", "create new 1M"), libc::EHOSTUNREACH, "{}", volfs.log());
+    fs::remove_file(&away).unwrap();
+    assert_eq!(volfs.write("jobs/j/control", "create new 1M"), EROFS, "{}", volfs.log());
+    refuses_everything(volfs);
+    assert_eq!(ground.book(), before);
 }
