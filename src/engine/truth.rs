@@ -54,10 +54,12 @@ impl Truth {
 }
 
 impl Core {
-    /// The mark among these that this record never gave, in words.
-    fn not_given(&self, volumes: &[CloudVolume]) -> Option<String> {
+    /// The mark among these that this record never gave, in words. Until all marks were looked at,
+    /// whatever has begun since the start waits for that, and none of its epochs is on a volume.
+    fn not_given(&self, volumes: &[CloudVolume], looked: bool) -> Option<String> {
+        let first = if looked { self.next.epoch } else { self.first_epoch };
         let ours = volumes.iter().filter_map(|v| Some((v.id, v.mark.filter(|m| m.record == self.world.record)?)));
-        ours.filter(|(volume, mark)| mark.epoch >= self.next.epoch || self.overtaken(*volume, mark.epoch))
+        ours.filter(|(volume, mark)| mark.epoch >= first || self.overtaken(*volume, mark.epoch))
             .map(|(volume, mark)| format!("volume {volume} carries the mark {mark}, which this record never gave it"))
             .next()
     }
@@ -80,7 +82,8 @@ impl Engine {
         if self.truth.refusing().is_some() {
             return;
         }
-        let Some(found) = self.core.lock().not_given(volumes) else { return };
+        let looked = self.truth.looked.load(Ordering::SeqCst);
+        let Some(found) = self.core.lock().not_given(volumes, looked) else { return };
         let why: Arc<str> = format!(
             "the record is older than its volumes: {found}. It is a copy that was put back, or another volfs works \
              with one. Stop the other one, if there is one; then `volfs adopt --this-host` makes this one the record, \
