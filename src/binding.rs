@@ -90,9 +90,8 @@ fn known(path: &Path) -> Result<Option<Known>, Problem> {
     Ok(Some(Known { instance, machine }))
 }
 
-const WAYS_OUT: &str = "`volfs adopt --this-host` if this is the one that goes on with its volumes, and no other \
-                        volfs does; `volfs adopt --new` if another goes on: this one is then a record of its own \
-                        that owns nothing";
+const WAYS_OUT: &str = "`volfs adopt --this-host` if this one goes on with its volumes, and no other volfs does; \
+                        `volfs adopt --new` if another one does: this one then owns nothing";
 
 /// Why the record is not this place's own, if so. One that is not bound yet is bound here.
 ///
@@ -106,11 +105,16 @@ pub fn foreign(config: &Config, here: &Here, past: &Past) -> Result<Option<Strin
         return Ok(Some(format!("{why}. {WAYS_OUT} ({} remembers)", path.display())));
     }
     if past.is_behind() {
+        let lost = match past.highest {
+            0 => "; or `volfs rebuild`, if volfs.db was lost and this is a new one",
+            _ => "",
+        };
         return Ok(Some(format!(
-            "the record is older than its own past: its last operation is {}, and here was one that had begun \
-             operation {}. It is a copy that was put back, and does not know what happened since. {WAYS_OUT}; if \
-             volfs.db was lost, and this one is empty, `volfs rebuild`",
-            past.highest, past.mark
+            "the record is older than its own past (its last operation is {}, {} beside it says {}): it is a copy that \
+             was put back, and does not know what happened since. {WAYS_OUT}{lost}",
+            past.highest,
+            config.state_dir.join("high-water").display(),
+            past.mark
         )));
     }
     let whole =

@@ -110,9 +110,10 @@ pub enum Subcommand {
     /// Run the main job for real in a temporary place, showing each command; leaves nothing behind.
     Demo,
     /// Say whose a record is that was restored, moved or cloned; no volfs may run with it.
+    #[command(group = clap::ArgGroup::new("way").required(true).args(["this_host", "new"]))]
     Adopt {
         /// It goes on with its volumes here, and no other volfs does.
-        #[arg(long, required_unless_present = "new", conflicts_with = "new")]
+        #[arg(long)]
         this_host: bool,
         /// Another one goes on with them: this one becomes a record of its own that owns nothing.
         #[arg(long)]

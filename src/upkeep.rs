@@ -138,6 +138,15 @@ fn this_host(look: &Look, record: &Offline, loaded: &Loaded, lines: &mut Vec<Str
         loaded.disks.len(),
         loaded.jobs.len()
     ));
+    let marked: BTreeSet<_> = marks.iter().filter(|m| !m.deleted).map(|m| m.volume.id).collect();
+    for disk in loaded.disks.iter().filter(|d| !marked.contains(&d.volume)) {
+        let job = loaded.jobs.iter().find(|j| j.row == disk.job).map_or("?", |j| j.id.as_str());
+        lines.push(format!(
+            "volume {} ({job}/{}) carries no mark of this record any more, or is gone: it will be in conflict or \
+             missing; `release` it there",
+            disk.volume, disk.disk
+        ));
+    }
     let owned: HashMap<_, _> = loaded.disks.iter().map(|d| (d.volume, d.epoch)).collect();
     for m in marks.iter().filter(|m| !m.deleted) {
         let names = format!("{}/{}", m.job.as_deref().unwrap_or("?"), m.disk.as_deref().unwrap_or("?"));

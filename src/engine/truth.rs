@@ -86,8 +86,8 @@ impl Engine {
         let Some(found) = self.core.lock().not_given(volumes, looked) else { return };
         let why: Arc<str> = format!(
             "the record is older than its volumes: {found}. It is a copy that was put back, or another volfs works \
-             with one. Stop the other one, if there is one; then `volfs adopt --this-host` makes this one the record, \
-             and `volfs adopt --new` a record of its own that owns nothing"
+             with one. `volfs adopt --this-host` if this one goes on with its volumes, and no other volfs does; \
+             `volfs adopt --new` if another one does: this one then owns nothing"
         )
         .into();
         if self.truth.refusing.set(why.clone()).is_err() {
