@@ -121,6 +121,32 @@ pub enum Subcommand {
     },
     /// Run the main job for real in a temporary place, showing each command; leaves nothing behind.
     Demo,
+    /// Say whose a record is that was restored, moved or cloned; no volfs may run with it.
+    #[command(group = clap::ArgGroup::new("way").required(true).args(["this_host", "new"]))]
+    Adopt {
+        /// It goes on with its volumes here, and no other volfs does.
+        #[arg(long)]
+        this_host: bool,
+        /// Another one goes on with them: this one becomes a record of its own that owns nothing.
+        #[arg(long)]
+        new: bool,
+    },
+    /// Write the record as it is now into a new file, also while volfs runs.
+    Backup {
+        /// The file to make.
+        file: PathBuf,
+    },
+    /// Put a backup in place of the record, which is kept aside; `adopt` comes next.
+    Restore {
+        /// The file that `backup` made.
+        file: PathBuf,
+    },
+    /// Make jobs and disks of an empty record from the marks that the volumes carry.
+    Rebuild {
+        /// Whose marks, where volumes carry those of several records.
+        #[arg(long, value_name = "RECORD")]
+        record: Option<String>,
+    },
     /// Show what would be used and try each part; changes nothing.
     Check {
         /// Where the tree would be [default: /run/volfs].
@@ -136,7 +162,11 @@ impl Subcommand {
             | Subcommand::Unmount { mountpoint }
             | Subcommand::Upgrade { mountpoint }
             | Subcommand::Check { mountpoint } => mountpoint.as_deref(),
-            Subcommand::Demo => None,
+            Subcommand::Demo
+            | Subcommand::Adopt { .. }
+            | Subcommand::Backup { .. }
+            | Subcommand::Restore { .. }
+            | Subcommand::Rebuild { .. } => None,
         }
     }
 }

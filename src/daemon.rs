@@ -4,14 +4,12 @@
 //! Stop: no new commands, parked callers answered, the mount away, then the rest. What runs in the
 //! provider goes on or is settled at the next start; the journal knows it.
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::binding::{self, Here};
 use crate::cloud::Cloud;
 use crate::cloud::cloudstack::{self, Client, ClientOptions, CloudStack, Signature, whoami};
 use crate::cloud::loopdev::{LoopCloud, LoopOptions};
@@ -73,14 +71,11 @@ impl Daemon {
             .build()
             .map_err(|e| Problem::with("cannot start worker threads", e))?;
         let _inside = runtime.enter();
-        let store: Arc<dyn Store> = if config.read_only {
-            Arc::new(SqliteStore::open_read_only(&config.state_dir).map_err(|e| Problem(e.to_string()))?)
-        } else {
-            Arc::new(
-                SqliteStore::open_keeping(&config.state_dir, config.history.max(KEEP_OPERATIONS))
-                    .map_err(|e| Problem(e.to_string()))?,
-            )
+        let store = match config.read_only {
+            true => SqliteStore::open_read_only(&config.state_dir),
+            false => SqliteStore::open_keeping(&config.state_dir, config.history.max(KEEP_OPERATIONS)),
         };
+        let store = Arc::new(store.map_err(|e| Problem(e.to_string()))?);
         let mut own_state = vec![config.state_dir.clone()];
         if config.provider == Provider::Loop {
             own_state.push(config.loop_provider.dir.clone());
@@ -92,21 +87,10 @@ impl Daemon {
         })
         .map_err(|e| Problem::with("cannot watch block devices", e))?;
         let boot = devices.boot();
-        let (cloud, instance): (Arc<dyn Cloud>, Instance) = match config.provider {
-            Provider::Loop => {
-                let cloud = loop_cloud(config, boot)?;
-                let instance = cloud.instance().to_string();
-                (cloud, Instance::Store(instance))
-            }
-            Provider::Cloudstack => {
-                let cloud = runtime.block_on(cloudstack(config))?;
-                let host = cloud.about().host;
-                (cloud, Instance::Host(host))
-            }
-        };
-        let foreign = same_provider(config, &instance)?;
+        let (cloud, here) = runtime.block_on(provider(config, boot))?;
+        let foreign = binding::foreign(config, &here, store.past())?;
         let is_foreign = foreign.is_some();
-        let read_only = config.read_only.then(|| "it was started with --read-only".to_owned()).or(foreign);
+        let read_only = foreign.or(config.read_only.then(|| "it was started with --read-only".to_owned()));
         let options = engine::Options {
             interval: config.reconcile_interval,
             absence_gap: ABSENCE_GAP,
@@ -216,6 +200,22 @@ fn give_back_memory() {
     unsafe { libc::malloc_trim(0) };
 }
 
+/// The provider that the configuration names, and where that is.
+pub(crate) async fn provider(config: &Config, boot: BootId) -> Result<(Arc<dyn Cloud>, Here), Problem> {
+    Ok(match config.provider {
+        Provider::Loop => {
+            let cloud = loop_cloud(config, boot)?;
+            let here = Here::Loop { store: cloud.instance(), machine: binding::machine_id()? };
+            (cloud, here)
+        }
+        Provider::Cloudstack => {
+            let cloud = cloudstack(config).await?;
+            let host = cloud.about().host;
+            (cloud, Here::Vm(host))
+        }
+    })
+}
+
 fn loop_cloud(config: &Config, boot: BootId) -> Result<Arc<LoopCloud>, Problem> {
     LoopCloud::open(LoopOptions {
         dir: config.loop_provider.dir.clone(),
@@ -272,75 +272,8 @@ pub fn cloudstack_provider(config: &Config, client: Client, host: VmId) -> Arc<C
     )
 }
 
-/// What a record belongs to beside itself.
-enum Instance {
-    /// A store of volumes: its own id.
-    Store(String),
-    /// A VM of a cloud.
-    Host(VmId),
-}
-
-/// A record belongs to one store of volumes, or to one VM. Another store, or an empty one below a
-/// mount point whose mount is missing, would make every volume look gone: refused. On another VM it
-/// is a copy that owns nothing: the tree is served, and nothing changed; the answer says why.
-fn same_provider(config: &Config, instance: &Instance) -> Result<Option<String>, Problem> {
-    let path = config.state_dir.join("provider");
-    let now = match instance {
-        Instance::Store(id) => id.clone(),
-        Instance::Host(vm) => format!("cloudstack {vm}"),
-    };
-    let known = match std::fs::read_to_string(&path) {
-        Ok(known) => known.trim_end().to_owned(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !config.read_only => {
-            keep(&path, &format!("{now}\n"))
-                .map_err(|e| Problem::with(format_args!("cannot write {}", path.display()), e))?;
-            return Ok(None);
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Problem::with(path.display(), error)),
-    };
-    match instance {
-        _ if known == now => Ok(None),
-        Instance::Host(vm) if known.starts_with("cloudstack ") => Ok(Some(format!(
-            "the record was made on {known}, and this host is VM {vm}: it is a copy, and owns nothing here, or cloudstack.host is wrong; {} remembers",
-            path.display()
-        ))),
-        Instance::Host(_) => Err(Problem(format!(
-            "the record in {} was made with the loop provider ({known}): take another state directory",
-            config.state_dir.display()
-        ))),
-        Instance::Store(_) => Err(Problem(format!(
-            "{} is another loop store ({now}) than the one this record was made with ({known}): is its filesystem not \
-             mounted? ({} remembers)",
-            config.loop_provider.dir.display(),
-            path.display()
-        ))),
-    }
-}
-
-/// Makes a file so that a power cut leaves it whole or not there: an empty one would be another
-/// provider's for ever after.
-fn keep(path: &Path, text: &str) -> io::Result<()> {
-    let beside = path.with_extension("new");
-    let mut file = File::create(&beside)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    std::fs::rename(&beside, path)?;
-    match path.parent() {
-        Some(dir) => File::open(dir)?.sync_all(),
-        None => Ok(()),
-    }
-}
-
 /// This host as a VM: the machine-id. Without one, this boot: the loop provider's attachments end
 /// with the boot anyway.
 fn host_id(boot: BootId) -> Result<VmId, Problem> {
-    match std::fs::read_to_string("/etc/machine-id") {
-        Ok(text) if text.trim().is_empty() => Ok(VmId(boot.0)),
-        Ok(text) => uuid::Uuid::try_parse(text.trim())
-            .map(VmId)
-            .map_err(|e| Problem::with("/etc/machine-id is not 32 hexadecimal digits", e)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(VmId(boot.0)),
-        Err(error) => Err(Problem::with("/etc/machine-id", error)),
-    }
+    Ok(binding::machine_id()?.unwrap_or(VmId(boot.0)))
 }

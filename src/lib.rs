@@ -28,7 +28,8 @@
 //! | [`sys`] | ioctls without a wrapper | nothing of ours |
 //! | [`failpoint`] | named points for tests; empty in a release build | nothing of ours |
 //! | [`keeper`], [`handover`], [`upgrade`] | the process that holds the mount, and how daemons follow one another | `config`, `fs`, `kept`, `start` |
-//! | [`config`], [`daemon`], [`start`], [`check`], [`demo`] | the program around it: the only place that knows every layer | everything |
+//! | [`binding`] | what a record is bound to beside itself: provider, machine, its own past | `config`, `model`, `store` |
+//! | [`config`], [`daemon`], [`start`], [`check`], [`upkeep`], [`demo`] | the program around it: the only place that knows every layer | everything |
 //!
 //! `tests/layers.rs` holds the `use` lines against this table.
 //!
@@ -48,6 +49,7 @@
 //! kernel's memory at that moment: a pinned descriptor's `diskseq`. No lock of an operation, no SQL,
 //! no call of the cloud.
 
+pub mod binding;
 pub mod check;
 pub mod cloud;
 pub mod command;
@@ -67,3 +69,4 @@ pub mod start;
 pub mod store;
 pub mod sys;
 pub mod upgrade;
+pub mod upkeep;

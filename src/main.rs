@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use volfs::config::{Cli, Subcommand};
-use volfs::{check, demo, start, upgrade};
+use volfs::{check, demo, start, upgrade, upkeep};
 
 fn main() -> ExitCode {
     let (cli, config) = Cli::from_process();
@@ -15,6 +15,10 @@ fn main() -> ExitCode {
         Subcommand::Upgrade { .. } => upgrade::run(&config),
         Subcommand::Unmount { .. } => start::unmount(&config),
         Subcommand::Demo => demo::run(),
+        Subcommand::Adopt { new, .. } => upkeep::adopt(&config, new),
+        Subcommand::Backup { file } => upkeep::backup(&config, &file),
+        Subcommand::Restore { file } => upkeep::restore(&config, &file),
+        Subcommand::Rebuild { record } => upkeep::rebuild(&config, record.as_deref()),
         Subcommand::Check { .. } => check::run(&config),
     };
     match outcome {

@@ -24,9 +24,11 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("engine", &["model", "error", "command", "failpoint", "store", "cloud", "devices"]),
     ("fs", &["engine", "command", "model", "error", "failpoint", "kept"]),
     ("config", &["model", "command", "error"]),
+    ("binding", &["config", "model", "store"]),
     (
         "daemon",
         &[
+            "binding",
             "cloud",
             "command",
             "config",
@@ -48,9 +50,10 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("start", &["config", "daemon", "handover", "keeper"]),
     ("upgrade", &["config", "daemon", "fs", "kept", "start"]),
     ("check", &["cloud", "config", "daemon", "devices", "engine", "model", "start", "store"]),
+    ("upkeep", &["binding", "cloud", "config", "daemon", "model", "store"]),
     ("demo", &["config", "start", "sys"]),
     ("lib", &[]),
-    ("main", &["config", "start", "check", "demo", "daemon", "upgrade"]),
+    ("main", &["config", "start", "check", "demo", "daemon", "upgrade", "upkeep"]),
 ];
 
 /// Of store, cloud and devices the engine may name the traits and their types, not what is in their

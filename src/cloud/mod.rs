@@ -162,6 +162,21 @@ pub struct Survey {
     pub fences: Vec<Fence>,
 }
 
+/// A volume that carries a mark, whosever, with the names beside it as they stand there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Marked {
+    /// The volume.
+    pub volume: CloudVolume,
+    /// Its mark.
+    pub mark: Mark,
+    /// The job's name beside it, unchecked.
+    pub job: Option<String>,
+    /// The disk's name beside it, unchecked.
+    pub disk: Option<String>,
+    /// Deleted, and kept by the provider for a while: no volume to work with, but its mark was given.
+    pub deleted: bool,
+}
+
 /// What a provider is and can do; constant while the daemon runs.
 #[derive(Debug, Clone)]
 pub struct About {
@@ -209,6 +224,18 @@ pub trait Cloud: Send + Sync {
 
     /// Several volumes in one answer.
     async fn survey(&self, survey: &Survey) -> Result<Vec<CloudVolume>, CloudError>;
+
+    /// Every volume that carries a mark, also what cannot be told of others: an id and why, a line each.
+    async fn marked(&self) -> Result<(Vec<Marked>, Vec<String>), CloudError> {
+        Err(CloudError::Refused { why: Refusal::Unsupported, words: "this provider cannot list marks".into() })
+    }
+
+    /// Whether a volume without a mark is one on which `record` was replacing its own mark by another
+    /// of its own when that was cut short, and not one that was given up.
+    async fn half_exchanged(&self, volume: VolumeId, record: RecordId) -> Result<bool, CloudError> {
+        let _ = (volume, record);
+        Ok(false)
+    }
 
     /// Makes a volume that carries its mark from the first moment.
     async fn create(&self, call: &Call, new: &NewVolume) -> Result<CloudVolume, CloudError>;

@@ -45,6 +45,10 @@ pub(super) struct Core {
     pub absent: HashMap<VolumeId, tokio::time::Instant>,
     /// Creates that ended without an answer and without a volume, and when: one may still come to light.
     pub twins: Vec<(Fence, Timestamp)>,
+    /// The first epoch that is given by this daemon.
+    pub first_epoch: u64,
+    /// Epochs of its operations that ended without success: a volume may carry one all the same.
+    pub spent: BTreeSet<u64>,
     /// Devices that made a volume `conflict`: it is looked at again when one of them changes.
     pub contenders: HashMap<Arc<str>, BTreeSet<DiskRow>>,
     /// Volumes that are being looked at because of an event, and whether another one came meanwhile.
@@ -128,6 +132,8 @@ impl Core {
             making: HashSet::new(),
             absent: HashMap::new(),
             twins: Vec::new(),
+            first_epoch: next.epoch,
+            spent: BTreeSet::new(),
             contenders: HashMap::new(),
             looking: HashMap::new(),
             accepting: true,
@@ -525,6 +531,9 @@ impl Core {
     pub fn end(&mut self, live: &Live, outcome: Outcome, sentence: &str, at: Timestamp) {
         if self.live.remove(&live.id).is_none() {
             return;
+        }
+        if live.epoch > 0 && outcome != Outcome::Done {
+            self.spent.insert(live.epoch);
         }
         // A part of a destroy gives its volume back to the destroy, which has it reserved.
         let destroying = |parent: &OpId| self.live.get(parent).is_some_and(|l| l.action.verb() == Verb::Destroy);

@@ -46,6 +46,7 @@ mod start;
 #[cfg(test)]
 mod tests;
 pub mod ticket;
+mod truth;
 mod views;
 mod volume;
 pub mod world;
@@ -157,7 +158,7 @@ pub struct Engine {
     exact_size: bool,
     interval: Duration,
     absence_gap: Duration,
-    read_only: Option<Arc<str>>,
+    truth: truth::Truth,
     proof: Mutex<host::Proof>,
     cloud_seen: Mutex<tokio::time::Instant>,
     runtime: tokio::runtime::Handle,
@@ -332,7 +333,7 @@ impl Engine {
 
     /// Whether commands are taken at all.
     fn changing(&self) -> Result<(), Error> {
-        if let Some(why) = &self.read_only {
+        if let Some(why) = self.truth.refusing() {
             return Err(Error::ReadOnly { why: why.to_string() });
         }
         if !self.core.lock().accepting {

@@ -352,6 +352,7 @@ impl Engine {
 
     async fn act(self: &Arc<Self>, live: &Live) -> Acted {
         self.on_proved_host().await?;
+        self.on_true_record(live).await?;
         match (live.target, &live.action) {
             (super::Target::Volume(row), Action::Attach { vm, slot }) => self.attach(live, row, *vm, *slot).await,
             (super::Target::Volume(row), Action::Detach { vm, force }) => self.detach(live, row, *vm, *force).await,
@@ -383,6 +384,7 @@ impl Engine {
         if live.stopping() || !self.core.lock().owns(live) {
             return Err(Fail::clean(Error::Cancelled));
         }
+        self.refusing()?;
         self.publish(|core, _| core.step(live.id, step));
         Ok(())
     }
@@ -466,6 +468,9 @@ impl Engine {
                 Some(seen) => Some(seen),
                 None => self.cloud.find(volume.uuid).await?,
             };
+            if let Some(seen) = &seen {
+                self.held_against(std::slice::from_ref(seen));
+            }
             let seen = may_change(seen, expected)?;
             if live.stopping() {
                 return Ok(Err(Fail::clean(Error::Cancelled)));
@@ -473,7 +478,12 @@ impl Engine {
             call(seen).await.map(Ok)
         };
         let answer = self.retrying(live, what, attempt).await;
-        answer.unwrap_or_else(|error| Err(cloud_fail(what, Some(volume.uuid), Some(expected), self.about.name, error)))
+        // A record that is found out is the reason, whatever its mark was compared with.
+        match (answer, self.refusing()) {
+            (Ok(done), _) => done,
+            (Err(CloudError::Refused { .. }), Err(stale)) => Err(stale),
+            (Err(error), _) => Err(cloud_fail(what, Some(volume.uuid), Some(expected), self.about.name, error)),
+        }
     }
 
     /// Looks after a call that got no clear answer: not before the cloud's job on the volume is final,
@@ -498,6 +508,8 @@ impl Engine {
         let Some(seen) = seen else {
             return Err(Fail::clean(Error::NoSuchVolume { volume: volume.uuid }));
         };
+        self.held_against(std::slice::from_ref(&seen));
+        self.refusing()?;
         if let Some(why) = &seen.carries_host {
             return Err(Fail::clean(Error::Protected { volume: volume.uuid, why: why.clone() }));
         }
@@ -601,7 +613,8 @@ impl Engine {
     /// The record works, or does not: `health` says so.
     pub(super) fn store_health(&self, failed: Option<&Error>) {
         let now = match failed {
-            None => Component::Ok,
+            // That it works does not make it the last word.
+            None => self.truth.health(),
             Some(error) => {
                 tracing::error!("the record: {error}");
                 Component::Down(error.to_string().into())

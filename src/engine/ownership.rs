@@ -175,6 +175,8 @@ impl Engine {
         if let Some(why) = seen.carries_host {
             return Err(Fail::clean(Error::Protected { volume, why }));
         }
+        self.held_against(std::slice::from_ref(&seen));
+        self.refusing()?;
         let mark = Mark { record: self.record, epoch: live.epoch };
         match seen.mark {
             // Our own mark on a volume in no job: released while the cloud was not there, or left by a crash.

@@ -28,12 +28,8 @@ enum Found {
     Failed(Fail),
     /// Nobody can tell yet.
     Unclear(Fail),
-}
-
-/// The epoch that an operation was given for its mark; 0 where it has none.
-pub(super) fn epoch_of(row: &OpRow) -> u64 {
-    let detail: serde_json::Value = serde_json::from_str(&row.detail).unwrap_or_default();
-    detail["epoch"].as_u64().unwrap_or(0)
+    /// This record is not the last word: what it says was begun is not its to settle.
+    Overtaken(Fail),
 }
 
 /// What a failure of a step that recovery repeated means: only a silent cloud is waited for. It was
@@ -76,6 +72,9 @@ fn cut_short(live: &Live, what: String) -> Error {
         (Target::Job(_), Action::Revert { .. }) => "some of its volumes may be reverted: repeat it",
         (Target::Job(_), Action::DeleteSnapshot { .. }) => "some of its volumes may have it still: repeat it",
         (Target::Volume(_), Action::Revert { .. }) => "nobody can tell whether it was done: repeat it",
+        (Target::Job(_), Action::Claim { from: Some(_), .. }) => {
+            "the other record's mark may be off the volume already: repeat it"
+        }
         _ => return Error::LeftBehind { what },
     };
     Error::CutShort { what, way_out }
@@ -110,7 +109,7 @@ impl Engine {
             caller: Arc::new(row.caller.clone()),
             began: row.began,
             clock: std::time::Instant::now(),
-            epoch: epoch_of(row),
+            epoch: row.epoch(),
             parent: row.parent,
             recovering: true,
         };
@@ -143,6 +142,13 @@ impl Engine {
                 Found::Finish(done) => {
                     self.conclude(live, Ok(*done)).await;
                     break;
+                }
+                // Only in memory: the record stays as it was found.
+                Found::Overtaken(fail) => {
+                    let sentence = fail.error.to_string();
+                    self.publish(|core, at| core.end(&live, Outcome::Interrupted, &sentence, at));
+                    live.ticket.complete(Err(fail.error));
+                    return;
                 }
                 Found::Failed(fail) => {
                     if live.take_end() {
@@ -215,6 +221,12 @@ impl Engine {
         if let Err(fail) = self.on_proved_host().await {
             return Found::Unclear(fail);
         }
+        if let Err(fail) = self.on_true_record(live).await {
+            return match self.refusing() {
+                Err(_) => Found::Overtaken(fail),
+                Ok(()) => Found::Unclear(fail),
+            };
+        }
         // What the cloud still works on is not to be judged by a look.
         match self.cloud.running(live.fence).await {
             Ok(None) => {}
@@ -223,13 +235,14 @@ impl Engine {
         }
         match (live.target, &live.action) {
             (Target::Job(job), Action::Create { .. }) => self.settle_left_create(live, job).await,
-            (Target::Job(job), Action::Claim { volume, disk, from }) => {
+            (Target::Job(job), Action::Claim { volume, disk, .. }) => {
                 let mark = Mark { record: self.record, epoch: live.epoch };
                 match self.cloud.find(*volume).await {
                     Ok(Some(seen)) if seen.pending.is_some() => unclear("a job of the cloud is pending on it".into()),
-                    // The mark is ours already, and setting it again is success; or the old owner's was
-                    // taken off for ours, and without it the volume is nobody's.
-                    Ok(Some(seen)) if seen.mark == Some(mark) || (seen.mark.is_none() && from.is_some()) => {
+                    // The mark is ours already, and setting it again is success. A volume without one is
+                    // left alone even where another record's was to be replaced: it may have been
+                    // released since, if this record was put back from a copy.
+                    Ok(Some(seen)) if seen.mark == Some(mark) => {
                         match self.claim(live, job, *volume, disk.clone(), None).await {
                             Ok(done) => Found::Finish(Box::new(done)),
                             Err(fail) => left(fail),
@@ -254,6 +267,10 @@ impl Engine {
         let made = match self.cloud.find_created(live.fence).await {
             Ok(None) => return Found::NotBegun,
             Ok(Some(made)) if made.mark == Some(new.label.mark) && made.name == new.name => Ok(made),
+            // It was finished, and has been moved, released or taken since: this record is not the last word.
+            Ok(Some(made)) if made.mark.map_or(made.name == new.name, |mark| mark != new.label.mark) => {
+                return Found::NotBegun;
+            }
             Ok(Some(_)) if live.stopping() => return Found::Failed(Fail::ambiguous(Error::Cancelled)),
             Ok(Some(_)) => self.cloud.create(&self.call(live), &new).await,
             Err(error) => Err(error),
@@ -358,8 +375,16 @@ impl Engine {
                     (Some(seen), Some(target)) if seen.mark == Some(mark) => {
                         Found::Finish(Box::new(self.moved(live, &volume, target)))
                     }
-                    // Our old mark was taken off for the new one: without it the volume is nobody's.
+                    // Our old mark was taken off for the new one: without it the volume is nobody's. One
+                    // that was given up since is.
                     (Some(seen), Some(target)) if seen.mark.is_none() => {
+                        match self.cloud.half_exchanged(volume.uuid, self.record).await {
+                            Ok(true) => {}
+                            Ok(false) => return Found::NotBegun,
+                            Err(error) => {
+                                return Found::Unclear(Fail::clean(Error::CannotTell { why: error.to_string() }));
+                            }
+                        }
                         let label = Label { mark, job: job.clone(), disk: volume.disk.clone() };
                         let what = format!("move of volume {} to job {job}", volume.uuid);
                         let set = self.set_mark(live, &what, volume.uuid, None, Some(&label)).await;

@@ -171,7 +171,7 @@ impl Engine {
         let mut changes: Vec<Change> = settled.iter().flat_map(|s| s.changes.iter().cloned()).collect();
         changes.iter_mut().for_each(|change| change.date(at));
         let mut recorded = true;
-        if !changes.is_empty() && self.read_only.is_none() {
+        if !changes.is_empty() && self.truth.refusing().is_none() {
             let outcome = self.store.commit(changes).await;
             recorded = outcome.is_ok();
             let failed = outcome
@@ -208,6 +208,7 @@ impl Engine {
             let Ok(disks) = self.candidates(before.uuid).await else { return };
             let view = match &answer {
                 Ok(Some(seen)) => {
+                    self.held_against(std::slice::from_ref(seen));
                     self.core.lock().absent.remove(&before.uuid);
                     CloudView::Seen(seen)
                 }
@@ -322,6 +323,9 @@ impl Engine {
             self.ask_for_the_rest(&world, volumes, &mut unseen).await;
         }
         let disks = self.kernel(|devices| devices.disks()).await;
+        if let Ok(volumes) = &answer {
+            self.all_held_against(volumes);
+        }
         if let (Ok(volumes), Ok(disks)) = (&answer, &disks) {
             self.seen_host(volumes, disks);
             *self.cloud_seen.lock() = looked;

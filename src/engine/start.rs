@@ -13,6 +13,7 @@ use super::core::Core;
 use super::host::Proof;
 use super::jobs::new_job;
 use super::ownership::blank;
+use super::truth::Truth;
 use super::world::{Component, Counters, Health, HistoryRow, Mapping, Times, Volume, World};
 use super::{Engine, Options};
 use crate::cloud::Cloud;
@@ -39,7 +40,7 @@ impl Engine {
         let mut next = loaded.next;
         // An epoch that is only in an operation may be on a volume already.
         let journaled = loaded.unfinished.iter().chain(loaded.history.iter().map(|(op, _)| op));
-        next.epoch = next.epoch.max(journaled.map(|op| super::recovery::epoch_of(op) + 1).max().unwrap_or(0));
+        next.epoch = next.epoch.max(journaled.map(|op| op.epoch() + 1).max().unwrap_or(0));
         let mut core = Core::new(world, next, options.history);
         core.continued = options.events.position() > 0;
         if let (true, Some(why)) = (options.foreign, &read_only) {
@@ -70,7 +71,7 @@ impl Engine {
             exact_size: options.exact_size,
             interval: options.interval,
             absence_gap: options.absence_gap,
-            read_only,
+            truth: Truth::new(read_only, options.foreign),
             proof: Mutex::new(proof),
             cloud_seen: Mutex::new(tokio::time::Instant::now()),
             runtime: runtime.clone(),
@@ -80,7 +81,7 @@ impl Engine {
             rounds_ended: tokio::sync::watch::Sender::new(0),
             asked,
         });
-        if engine.read_only.is_none() {
+        if engine.truth.refusing().is_none() {
             for row in unfinished {
                 match engine.take_over(&row) {
                     Some(live) => {

@@ -13,7 +13,7 @@ use crate::model::{
 
 mod sqlite;
 
-pub use sqlite::{KEEP_OPERATIONS, SqliteStore};
+pub use sqlite::{KEEP_OPERATIONS, Offline, Past, Restored, SqliteStore, backup, restore};
 
 /// Why the record did not take a batch, or could not be opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -201,6 +201,14 @@ pub struct OpRow {
     pub began: Timestamp,
     /// How and when it ended, with the sentence for `history` and `error`.
     pub ended: Option<(Outcome, String, Timestamp)>,
+}
+
+impl OpRow {
+    /// The epoch that it was given for a mark; 0 where it has none.
+    pub fn epoch(&self) -> u64 {
+        let detail: serde_json::Value = serde_json::from_str(&self.detail).unwrap_or_default();
+        detail["epoch"].as_u64().unwrap_or(0)
+    }
 }
 
 /// A job as loaded.

@@ -5,6 +5,7 @@ use uuid::Uuid;
 
 use super::super::{Call, CloudError, CloudVolume, NewVolume};
 use super::jobs::{End, Repeat};
+use super::marks::another;
 use super::provider::{CloudStack, GIB, no_such, other, said};
 use super::rows::{OfferingRow, TAG_MADE_BY, VolumeRow, ZoneRow};
 use crate::failpoint;
@@ -46,6 +47,10 @@ impl CloudStack {
             None => self.allocate(call, new).await?,
         };
         let volume = VolumeId(made.id);
+        if let Some(found) = made.mark().filter(|found| *found != new.label.mark) {
+            // It was given to somebody else since.
+            return Err(another(volume, Some(found)));
+        }
         failpoint::reach("cloudstack.allocated").await;
         let marked = self.exchange(call, volume, made.mark(), Some(&new.label)).await;
         marked.map_err(|error| unfinished(volume, error))?;

@@ -9,7 +9,7 @@ use super::rows::{TAG, TAG_DISK, TAG_JOB, TAG_MADE_BY, TAG_RECORD, TAGS, VolumeR
 use crate::failpoint;
 use crate::model::{Mark, VolumeId};
 
-fn another(volume: VolumeId, found: Option<Mark>) -> CloudError {
+pub(super) fn another(volume: VolumeId, found: Option<Mark>) -> CloudError {
     let whose = found.map_or_else(|| "no mark".to_owned(), |mark| format!("the mark {mark}"));
     CloudError::Refused { why: Refusal::Mark(found), words: format!("volume {volume} carries {whose}") }
 }

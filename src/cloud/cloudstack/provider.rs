@@ -15,12 +15,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use super::super::{
-    About, Call, Cloud, CloudError, CloudSnapshot, CloudVolume, Label, NewVolume, Refusal, Survey, VmFacts,
+    About, Call, Cloud, CloudError, CloudSnapshot, CloudVolume, Label, Marked, NewVolume, Refusal, Survey, VmFacts,
 };
 use super::jobs::{End, Jobs, Repeat};
 use super::rows::{self, VmRow, VolumeRow};
 use super::{ApiError, Client, refusal};
-use crate::model::{Fence, Mark, Slot, SnapshotId, SnapshotName, Timestamp, VmId, VolumeId};
+use crate::model::{Fence, Mark, RecordId, Slot, SnapshotId, SnapshotName, Timestamp, VmId, VolumeId};
 
 /// Bytes of CloudStack's unit of size.
 pub(super) const GIB: u64 = 1 << 30;
@@ -319,6 +319,27 @@ impl Cloud for CloudStack {
             take(self.made_by(*fence).await?.into_iter().collect(), &mut found);
         }
         Ok(found.into_values().collect())
+    }
+
+    async fn marked(&self) -> Result<(Vec<Marked>, Vec<String>), CloudError> {
+        let rows = self.list(&[]).await.map_err(said)?;
+        let marked = |row: &VolumeRow| {
+            Some(Marked {
+                mark: row.mark()?,
+                job: row.tag(rows::TAG_JOB).map(str::to_owned),
+                disk: row.tag(rows::TAG_DISK).map(str::to_owned),
+                deleted: row.gone(),
+                volume: self.shown(row),
+            })
+        };
+        Ok((rows.iter().filter_map(marked).collect(), Vec::new()))
+    }
+
+    /// A mark is taken off with all that changes beside it, and the record's own tag does not change
+    /// from one of its marks to another; giving a volume up takes that one off as well.
+    async fn half_exchanged(&self, volume: VolumeId, record: RecordId) -> Result<bool, CloudError> {
+        let row = self.row(volume).await?.ok_or_else(|| no_such(volume))?;
+        Ok(row.mark().is_none() && row.tag(rows::TAG_RECORD) == Some(&record.to_string()))
     }
 
     async fn create(&self, call: &Call, new: &NewVolume) -> Result<CloudVolume, CloudError> {

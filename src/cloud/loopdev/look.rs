@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 
-use super::super::{Attachment, CloudError, CloudVolume, Survey, VmFacts};
+use super::super::{Attachment, CloudError, CloudVolume, Marked, Survey, VmFacts};
 use super::Inner;
 use super::device::{self, Binding};
 use super::disk::{Attached, Intent, Meta, ambiguous, parse, unreachable};
@@ -212,6 +212,24 @@ impl Inner {
             }
         }
         Ok(answer)
+    }
+
+    /// A damaged volume hides no other here either; it is told of beside them.
+    pub(super) fn marked(&self) -> Result<(Vec<Marked>, Vec<String>), CloudError> {
+        let (mut found, mut untold) = (Vec::new(), Vec::new());
+        for (id, volume) in self.scan()? {
+            match volume.and_then(|(meta, length)| Ok((self.shown(&meta, length)?, meta))) {
+                Ok((volume, meta)) => found.extend(volume.mark.map(|mark| Marked {
+                    mark,
+                    job: meta.job.clone(),
+                    disk: meta.disk.clone(),
+                    deleted: false,
+                    volume,
+                })),
+                Err(e) => untold.push(format!("volume {id}: {e}")),
+            }
+        }
+        Ok((found, untold))
     }
 
     pub(super) fn vm(&self, vm: VmId) -> Result<Option<VmFacts>, CloudError> {

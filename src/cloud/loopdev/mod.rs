@@ -33,7 +33,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::{About, Call, Cloud, CloudError, CloudVolume, Label, NewVolume, Refusal, Survey, VmFacts};
+use super::{About, Call, Cloud, CloudError, CloudVolume, Label, Marked, NewVolume, Refusal, Survey, VmFacts};
 use crate::failpoint;
 use crate::model::{BootId, Disk, Fence, Mark, Slot, Timestamp, VmId, VolumeId};
 
@@ -207,6 +207,10 @@ impl Cloud for LoopCloud {
     async fn survey(&self, survey: &Survey) -> Result<Vec<CloudVolume>, CloudError> {
         let survey = survey.clone();
         self.looking(move |inner| inner.survey(&survey)).await
+    }
+
+    async fn marked(&self) -> Result<(Vec<Marked>, Vec<String>), CloudError> {
+        self.looking(Inner::marked).await
     }
 
     async fn create(&self, call: &Call, new: &NewVolume) -> Result<CloudVolume, CloudError> {

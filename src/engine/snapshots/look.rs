@@ -120,7 +120,7 @@ impl Engine {
             }
         }
         let at = (self.clock)();
-        if !gone.is_empty() && self.read_only.is_none() {
+        if !gone.is_empty() && self.truth.refusing().is_none() {
             let changes = gone.iter().map(|(row, _, _)| Change::SnapshotGone { row: *row, at }).collect();
             if let Err(error) = self.store.commit(changes).await {
                 let error = Error::NotRecorded { what: "the end of a snapshot".into(), words: error.to_string() };

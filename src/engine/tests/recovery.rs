@@ -380,15 +380,8 @@ async fn an_epoch_that_only_a_journal_knows_is_not_given_again() {
     let engine = s.lab.start().await;
     settled(&s.lab, &engine).await;
     let (row, _) = s.lab.make(&engine, s.job, "f").await;
-    let epochs: Vec<u64> = s
-        .lab
-        .state()
-        .record
-        .ops
-        .values()
-        .filter(|o| o.verb == Verb::Create)
-        .map(super::super::recovery::epoch_of)
-        .collect();
+    let epochs: Vec<u64> =
+        s.lab.state().record.ops.values().filter(|o| o.verb == Verb::Create).map(crate::store::OpRow::epoch).collect();
     let unique: std::collections::BTreeSet<_> = epochs.iter().collect();
     assert_eq!(unique.len(), epochs.len(), "{epochs:?}");
     assert_eq!(engine.world().volumes[&row].epoch, *epochs.last().unwrap());

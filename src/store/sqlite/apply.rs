@@ -125,22 +125,15 @@ fn dispatch(conn: &Connection, change: &Change) -> Applied {
             || no_volume(*volume),
         ),
         Change::DiskAdd { row, job, disk, volume, epoch, at } => {
-            let epoch = signed("epoch", *epoch)?;
             one(
                 conn,
                 "INSERT INTO vm_disks (id, job_id, disk_name, ossea_volume_id, epoch, changed_at)
                     SELECT ?1, j.id, ?3, v.id, ?5, ?6 FROM jobs j, ossea_volumes v
                      WHERE j.id = ?2 AND j.forgotten_at IS NULL AND v.volume_id = ?4 AND v.gone_at IS NULL",
-                params![row.0, job.0, disk.as_str(), volume.to_string(), epoch, at.0],
+                params![row.0, job.0, disk.as_str(), volume.to_string(), signed("epoch", *epoch)?, at.0],
                 || format!("there is no job {job}, or no volume {volume}"),
             )?;
-            // The high-water mark outlives the row, so that no epoch is given twice.
-            run(
-                conn,
-                "UPDATE meta SET value = CAST(?1 AS TEXT) WHERE key = 'epoch' AND CAST(value AS INTEGER) < ?1",
-                params![epoch],
-            )
-            .map(drop)
+            epoch_given(conn, *epoch)
         }
         Change::DiskRename { row, disk, at } => one(
             conn,
@@ -191,6 +184,17 @@ fn dispatch(conn: &Connection, change: &Change) -> Applied {
             || format!("there is no operation {id}"),
         ),
     }
+}
+
+/// The highest epoch outlives the row and the operation that it was given to, so that none is given
+/// twice, and a mark with a higher one is known to be none of this record's doing.
+fn epoch_given(conn: &Connection, epoch: u64) -> Applied {
+    run(
+        conn,
+        "UPDATE meta SET value = CAST(?1 AS TEXT) WHERE key = 'epoch' AND CAST(value AS INTEGER) < ?1",
+        params![signed("epoch", epoch)?],
+    )
+    .map(drop)
 }
 
 fn no_volume(volume: VolumeId) -> String {
@@ -254,8 +258,12 @@ fn op_begin(conn: &Connection, op: &OpRow) -> Applied {
             op.ended.as_ref().map(|(_, s, _)| s),
             op.ended.as_ref().map(|(_, _, at)| at.0),
         ],
-    )
-    .map(drop)
+    )?;
+    // It may be on a volume from the next moment on, whether or not the operation comes to own one.
+    match op.epoch() {
+        0 => Ok(()),
+        epoch => epoch_given(conn, epoch),
+    }
 }
 
 /// Drops ended operations beyond the newest `keep` of them, and answers how many went. Unfinished

@@ -113,7 +113,13 @@ fn read(conn: &Connection, history: usize) -> rusqlite::Result<Loaded> {
         volume_rows: all(&tx, "SELECT id, volume_id FROM ossea_volumes ORDER BY id", [], |r| {
             Ok((volume_id(r)?, VolumeRow(r.get("id")?)))
         })?,
-        unfinished: all(&tx, "SELECT * FROM volume_operations WHERE ended_at IS NULL ORDER BY id", [], operation)?,
+        // The index of these was not held against the table, which takes longer than reading it.
+        unfinished: all(
+            &tx,
+            "SELECT * FROM volume_operations NOT INDEXED WHERE ended_at IS NULL ORDER BY id",
+            [],
+            operation,
+        )?,
         history: all(
             &tx,
             "SELECT * FROM (SELECT o.*, j.name AS job_name FROM volume_operations o LEFT JOIN jobs j ON j.id = o.job_id
@@ -138,7 +144,7 @@ fn read(conn: &Connection, history: usize) -> rusqlite::Result<Loaded> {
 }
 
 /// `sqlite_sequence` keeps the highest id a table ever had, also of rows that are gone.
-fn next(conn: &Connection, table: &str) -> rusqlite::Result<i64> {
+pub(super) fn next(conn: &Connection, table: &str) -> rusqlite::Result<i64> {
     conn.query_row("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = ?1", [table], |r| {
         let seq: i64 = r.get(0)?;
         seq.checked_add(1).ok_or_else(|| foreign(table, seq))

@@ -13,16 +13,20 @@ use std::thread::JoinHandle;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use rusqlite::Connection;
+use rusqlite::{Connection, OptionalExtension};
 use rusqlite_migration::M;
 use tokio::sync::oneshot;
 
 use super::{Change, Loaded, Store, StoreError};
+use crate::model::VmId;
+use high_water::HighWater;
 use opening::StateLock;
 use writer::{Request, Writer};
 
 mod apply;
+mod high_water;
 mod load;
+mod offline;
 mod opening;
 mod reserve;
 mod schema;
@@ -30,6 +34,8 @@ mod writer;
 
 #[cfg(test)]
 mod tests;
+
+pub use offline::{Offline, Restored, backup, restore};
 
 /// How many ended operations a record keeps unless told otherwise.
 pub const KEEP_OPERATIONS: usize = 100_000;
@@ -39,7 +45,34 @@ pub const KEEP_OPERATIONS: usize = 100_000;
 #[derive(Debug)]
 pub struct SqliteStore {
     path: PathBuf,
+    past: Past,
     side: Side,
+}
+
+/// What a record tells of its own past, and the directory it is in of that of its records.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Past {
+    /// The highest operation number that this record has given.
+    pub highest: i64,
+    /// The highest that a record in this directory ever committed; 0 if nobody knows.
+    pub mark: i64,
+    /// On which host its last operation began, if it ever had one.
+    pub last_host: Option<VmId>,
+}
+
+impl Past {
+    fn of(conn: &Connection, mark: i64) -> Result<Self, StoreError> {
+        let sql = "SELECT host_id FROM volume_operations ORDER BY id DESC LIMIT 1";
+        let host: Option<String> = conn.query_row(sql, [], |r| r.get(0)).optional().map_err(schema::error)?;
+        let last_host = host.and_then(|text| VmId::parse(&text).ok());
+        let highest = load::next(conn, "volume_operations").map_err(schema::error)? - 1;
+        Ok(Self { highest, mark, last_host })
+    }
+
+    /// Whether a record in this directory was once further than this one: it is an older copy.
+    pub fn is_behind(&self) -> bool {
+        self.highest < self.mark
+    }
 }
 
 #[derive(Debug)]
@@ -76,25 +109,20 @@ impl SqliteStore {
         let lock = StateLock::take(dir)?;
         opening::create_if_absent(dir, migrations)?;
         let path = opening::database(dir);
-        let (version, latest) = (opening::check(&path, migrations)?, schema::latest(migrations));
-        let mut conn = opening::connect(&path)?;
-        if version < latest {
-            schema::migrate(&mut conn, migrations, latest)?;
-            // Now, so that an older volfs sees the new number in the file and leaves it alone.
-            writer::checkpoint(&conn)?;
-            tracing::info!("{}: brought from schema {version} to {latest}", path.display());
-        }
+        let conn = opening::ready(&path, migrations)?;
+        let high = HighWater::open(dir);
+        let past = Past::of(&conn, high.mark())?;
         apply::prune(&conn, keep)?;
         let transactions = Arc::new(AtomicU64::new(0));
         let reserve = reserve::Reserve::take(&path);
-        let writer = Writer { conn, path: path.clone(), reserve, keep, transactions: transactions.clone() };
+        let writer = Writer { conn, path: path.clone(), reserve, high, keep, transactions: transactions.clone() };
         let (requests, receiver) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("volfs-store".into())
             .spawn(move || writer.run(&receiver))
             .map_err(|e| StoreError::Failed { words: format!("starting the record's thread: {e}") })?;
         let side = Side::Writing { requests: Some(requests), thread: Some(thread), transactions, _lock: lock };
-        Ok(Self { path, side })
+        Ok(Self { path, past, side })
     }
 
     /// Opens an existing record for reading, beside a running daemon or without one: no lock is
@@ -104,7 +132,13 @@ impl SqliteStore {
     pub fn open_read_only(state_dir: &Path) -> Result<Self, StoreError> {
         check_library()?;
         let conn = opening::connect_read_only(state_dir, schema::MIGRATIONS)?;
-        Ok(Self { path: opening::database(state_dir), side: Side::Reading(Mutex::new(conn)) })
+        let past = Past::of(&conn, high_water::look(state_dir))?;
+        Ok(Self { path: opening::database(state_dir), past, side: Side::Reading(Mutex::new(conn)) })
+    }
+
+    /// What was known of the record's past when it was opened.
+    pub fn past(&self) -> &Past {
+        &self.past
     }
 
     /// The database file.

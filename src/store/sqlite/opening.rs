@@ -15,6 +15,7 @@ use rusqlite_migration::M;
 use rustix::fs::{FlockOperation, flock};
 
 use super::schema::{self, APPLICATION_ID};
+use super::{high_water, writer};
 use crate::model::{RecordId, Timestamp};
 use crate::store::StoreError;
 
@@ -29,7 +30,7 @@ pub(super) fn unusable(path: &Path, words: impl Into<String>) -> StoreError {
     StoreError::Unusable { path: path.display().to_string(), words: words.into() }
 }
 
-fn failed(path: &Path, what: &str, e: &io::Error) -> StoreError {
+pub(super) fn failed(path: &Path, what: &str, e: &io::Error) -> StoreError {
     StoreError::Failed { words: format!("{what} {}: {e}", path.display()) }
 }
 
@@ -38,13 +39,13 @@ pub(super) fn database(dir: &Path) -> PathBuf {
 }
 
 /// `path` with `suffix` appended to its file name.
-fn beside(path: &Path, suffix: &str) -> PathBuf {
+pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
 }
 
-fn sync_directory(dir: &Path) -> Result<(), StoreError> {
+pub(super) fn sync_directory(dir: &Path) -> Result<(), StoreError> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(|e| failed(dir, "syncing", &e))
 }
 
@@ -73,7 +74,8 @@ pub(super) fn state_directory(dir: &Path) -> Result<(), StoreError> {
     for entry in fs::read_dir(dir).map_err(|e| failed(dir, "listing", &e))? {
         let name = entry.map_err(|e| failed(dir, "listing", &e))?.file_name();
         let bytes = name.as_bytes();
-        if bytes.starts_with(b"volfs.db") || [b"lock".as_slice(), b"loop", b"trash", b"provider"].contains(&bytes) {
+        const OURS: [&[u8]; 5] = [b"lock", b"loop", b"trash", b"provider", high_water::FILE.as_bytes()];
+        if bytes.starts_with(b"volfs.db") || OURS.contains(&bytes) {
             return Ok(());
         }
         // A filesystem made for the state alone has this one.
@@ -236,7 +238,7 @@ fn look(db: &Path, migrations: &'static [M<'static>]) -> Result<Connection, Stor
     opened.map_err(|e| damaged(db, &e))
 }
 
-fn immutable(db: &Path) -> rusqlite::Result<Connection> {
+pub(super) fn immutable(db: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
     let mut uri = String::from("file:");
     for byte in db.as_os_str().as_bytes() {
@@ -249,8 +251,8 @@ fn immutable(db: &Path) -> rusqlite::Result<Connection> {
     Connection::open_with_flags(uri, flags)
 }
 
-fn damaged(db: &Path, e: &rusqlite::Error) -> StoreError {
-    unusable(db, format!("SQLite cannot read it ({e}): restore it from a backup"))
+pub(super) fn damaged(db: &Path, e: &rusqlite::Error) -> StoreError {
+    unusable(db, format!("SQLite cannot read it ({e}): restore it from a backup, or move it away and `volfs rebuild`"))
 }
 
 /// Refuses a database that is foreign, newer, damaged or not writable; answers its version.
@@ -258,9 +260,20 @@ pub(super) fn check(db: &Path, migrations: &'static [M<'static>]) -> Result<i32,
     let conn = look(db, migrations)?;
     let bad = |e: rusqlite::Error| damaged(db, &e);
     let version = numbers(&conn, db, migrations)?;
-    let found: String = conn.query_row("PRAGMA quick_check(1)", [], |r| r.get(0)).map_err(bad)?;
-    if found != "ok" {
-        return Err(unusable(db, format!("it is damaged ({}): restore it from a backup", found.replace('\n', " "))));
+    // The first one reads every page, but does not hold indexes against their tables: where answers
+    // come from an index, a sound page in the wrong place would be one. The journal, which is most of
+    // the file, is read without its indexes.
+    let checks = ["quick_check(1)".to_owned()].into_iter();
+    let checks = checks.chain(schema::INDEXED.iter().map(|table| format!("integrity_check({table})")));
+    for check in checks {
+        let found: String = conn.query_row(&format!("PRAGMA {check}"), [], |r| r.get(0)).map_err(bad)?;
+        if found != "ok" {
+            let words = found.replace('\n', " ");
+            return Err(unusable(
+                db,
+                format!("it is damaged ({words}): restore it from a backup, or move it away and `volfs rebuild`"),
+            ));
+        }
     }
     if let Some(object) = schema::difference(&conn, migrations, version)? {
         return Err(unusable(db, format!("its {object} is not that of schema {version}: somebody changed it")));
@@ -322,6 +335,19 @@ pub(super) fn connect(db: &Path) -> Result<Connection, StoreError> {
     conn.pragma_update_and_check(None, "journal_size_limit", WAL_KEPT, |r| r.get::<_, i64>(0))
         .map_err(schema::error)?;
     conn.set_prepared_statement_cache_capacity(64);
+    Ok(conn)
+}
+
+/// The one writing connection to a record that [`check`] accepts, brought to the latest version.
+pub(super) fn ready(db: &Path, migrations: &'static [M<'static>]) -> Result<Connection, StoreError> {
+    let (version, latest) = (check(db, migrations)?, schema::latest(migrations));
+    let mut conn = connect(db)?;
+    if version < latest {
+        schema::migrate(&mut conn, migrations, latest)?;
+        // Now, so that an older volfs sees the new number in the file and leaves it alone.
+        writer::checkpoint(&conn)?;
+        tracing::info!("{}: brought from schema {version} to {latest}", db.display());
+    }
     Ok(conn)
 }
 

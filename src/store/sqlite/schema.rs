@@ -11,6 +11,10 @@ pub(super) const APPLICATION_ID: i32 = 0x766f_6c66;
 /// One entry a schema version; entries are only ever appended.
 pub(super) const MIGRATIONS: &[M<'static>] = &[M::up(include_str!("v1.sql")).foreign_key_check()];
 
+/// The tables that are read through their indexes: all but the journal.
+pub(super) const INDEXED: &[&str] =
+    &["meta", "jobs", "ossea_volumes", "vm_disks", "device_mappings", "volume_snapshots"];
+
 /// SQLite 3.51.3: earlier ones can lose a committed transaction in WAL mode (design, The record).
 pub(super) const OLDEST_SQLITE: i32 = 3_051_003;
 

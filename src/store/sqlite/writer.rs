@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use rusqlite::Connection;
 use tokio::sync::oneshot;
 
+use super::high_water::HighWater;
 use super::reserve::{self, Reserve};
 use super::{apply, load, schema};
 use crate::failpoint;
@@ -27,6 +28,7 @@ pub(super) struct Writer {
     pub conn: Connection,
     pub path: PathBuf,
     pub reserve: Reserve,
+    pub high: HighWater,
     /// Ended operations to keep.
     pub keep: usize,
     /// Transactions committed so far.
@@ -71,6 +73,7 @@ impl Writer {
                 }
                 for ((batch, answer), result) in batches.iter().zip(answers).zip(results) {
                     if result.is_ok() {
+                        self.high.raise(highest(batch));
                         ended += batch.iter().filter(|c| ends(c)).count();
                     }
                     // A caller that went away has no use for the answer; the batch is durable all the same.
@@ -100,6 +103,15 @@ impl Writer {
             tracing::warn!("closing {}: {e}", self.path.display());
         }
     }
+}
+
+/// The highest number of an operation that these begin; 0 if there is none.
+pub(super) fn highest(changes: &[Change]) -> i64 {
+    let number = |change: &Change| match change {
+        Change::OpBegin(op) => Some(op.id.0),
+        _ => None,
+    };
+    changes.iter().filter_map(number).max().unwrap_or(0)
 }
 
 fn ends(change: &Change) -> bool {

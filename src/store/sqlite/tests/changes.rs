@@ -391,6 +391,19 @@ fn the_epoch_outlives_its_ownership() {
     assert_eq!((loaded.next.epoch, loaded.next.disk), (18, 3));
 }
 
+/// A mark with an epoch that the record does not know to have given makes it a copy: also where the
+/// operation that it was given to failed and was dropped from the history since.
+#[test]
+fn an_epoch_is_given_when_its_operation_begins_and_for_good() {
+    let (dir, store) = fresh();
+    let given = OpRow { detail: r#"{"epoch":41}"#.into(), ..op(1) };
+    put(&store, vec![Change::OpBegin(Box::new(given)), done(1), begin(2), done(2), begin(3), done(3)]);
+    drop(store);
+    drop(SqliteStore::open_keeping(dir.path(), 1).unwrap());
+    let loaded = SqliteStore::open(dir.path()).unwrap().load(9).unwrap();
+    assert_eq!((loaded.history.len(), loaded.next.epoch), (1, 42));
+}
+
 #[test]
 fn retention_drops_old_operations_and_never_unfinished_ones_or_their_parts() {
     let dir = dir();

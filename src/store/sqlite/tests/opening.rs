@@ -58,16 +58,16 @@ fn what_is_made_is_private() {
     let store = SqliteStore::open(&state).unwrap();
     put(&store, vec![job_add(1, "a")]);
     assert_eq!(mode(&state), 0o700);
-    for name in ["volfs.db", "volfs.db-wal", "volfs.db-shm", "lock"] {
+    for name in ["volfs.db", "volfs.db-wal", "volfs.db-shm", "lock", "high-water"] {
         assert_eq!(mode(&state.join(name)), 0o600, "{name}");
     }
-    assert_eq!(contents(&state).len(), 4, "with the reserve");
+    assert_eq!(contents(&state).len(), 5, "with the reserve and the high-water mark");
     drop(store);
     fs::set_permissions(state.join("volfs.db"), fs::Permissions::from_mode(0o644)).unwrap();
     let store = SqliteStore::open(&state).unwrap();
     assert_eq!(mode(&state.join("volfs.db")), 0o600);
     drop(store);
-    assert_eq!(contents(&state).len(), 2, "the WAL is folded back at the end");
+    assert_eq!(contents(&state).len(), 3, "the WAL is folded back at the end");
 }
 
 #[test]
@@ -256,7 +256,7 @@ fn a_creation_that_a_crash_cut_short_starts_again() {
     let dir = dir();
     fs::write(dir.path().join("volfs.db.new"), "half").unwrap();
     drop(SqliteStore::open(dir.path()).unwrap());
-    assert_eq!(contents(dir.path()).len(), 2);
+    assert_eq!(contents(dir.path()).len(), 3);
 }
 
 static NEXT: &[M<'static>] = &[
