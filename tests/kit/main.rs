@@ -9,6 +9,7 @@
 
 #[path = "../tree/common.rs"]
 mod common;
+mod errors;
 
 mod kill;
 mod model;
