@@ -61,6 +61,9 @@ pub struct View {
     pub unfinished: Vec<String>,
     /// What is wrong already without comparing.
     pub wrong: Vec<String>,
+    /// Whether work that failed may still be announced in `meta.json`: it is told by looking at the
+    /// kernel, and written down by the next work on that volume or the next start.
+    pub announced: bool,
 }
 
 fn number(path: impl AsRef<Path>) -> Option<i64> {
@@ -161,6 +164,7 @@ impl View {
             jobs: jobs.into_iter().collect(),
             unfinished,
             wrong,
+            announced: false,
         };
         view.store(&state.join("loop"));
         view
@@ -235,9 +239,11 @@ impl View {
         same("the mark's disk", meta["disk"].to_string(), format!("{:?}", owned.disk));
         same("meta.json's size", meta["size"].to_string(), owned.size.to_string());
         same("data.img's length", stored.length.to_string(), owned.size.to_string());
-        same("the intent", meta["intent"].to_string(), "null".into());
         let bound = self.bound.get(uuid).and_then(|all| all.first());
-        same("attached in meta.json", (!meta["attached"].is_null()).to_string(), bound.is_some().to_string());
+        if !self.announced || meta["intent"].is_null() {
+            same("the intent", meta["intent"].to_string(), "null".into());
+            same("attached in meta.json", (!meta["attached"].is_null()).to_string(), bound.is_some().to_string());
+        }
         let status = if bound.is_some() { "attached" } else { "detached" };
         same("the record's status", owned.status.clone(), status.into());
         let mapping = bound.map(|b| (Some(b.name.clone()), Some(b.dev.clone()), Some(b.diskseq), Some(b.bytes)));
@@ -307,12 +313,18 @@ pub fn named(volfs: &Volfs) -> BTreeSet<String> {
     words.filter(|w| w.len() == 36 && w.bytes().filter(|b| *b == b'-').count() == 4).map(str::to_owned).collect()
 }
 
-/// Waits until all agree, or what does not is named; answers the view and how long it took.
+/// Waits until all agree; answers the view and how long it took.
 #[track_caller]
 pub fn settled(volfs: &Volfs, at_most: Duration, at: &str) -> (View, Duration) {
+    settled_but(volfs, at_most, at, false)
+}
+
+/// The same; with `announced`, work that failed may still be announced in the store.
+#[track_caller]
+pub fn settled_but(volfs: &Volfs, at_most: Duration, at: &str, announced: bool) -> (View, Duration) {
     let began = Instant::now();
     loop {
-        let view = View::of(volfs);
+        let view = View { announced, ..View::of(volfs) };
         let mut wrong = view.contradictions(&BTreeSet::new());
         if wrong.is_empty() {
             wrong = view.against_tree(volfs, &BTreeSet::new());
