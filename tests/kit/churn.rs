@@ -30,16 +30,20 @@ const ROUND: Duration = Duration::from_secs(120);
 
 /// One shell's commands. An error is an answer here, and so is a tree that is away for a moment.
 fn script(dice: &mut Dice, uuids: &[String], wrong: &str) -> String {
-    let mut text = String::from("exec 2> /dev/null\n");
+    let mut text = String::from(
+        // While the tree is away for a moment no command is wasted on it.
+        "exec 2> /dev/null\n\
+         here() { n=0; until [ -e \"$R/version\" ] || [ $n -ge 100 ]; do n=$((n + 1)); sleep 0.1; done; }\n",
+    );
     for _ in 0..COMMANDS {
         let uuid = dice.one(uuids);
         let (job, other) = (dice.below(JOBS), dice.below(JOBS));
         let v = format!("$R/volumes/{uuid}");
-        let line = match dice.below(24) {
+        let line = match dice.below(28) {
             0 => format!("echo attach timeout=3 > $R/jobs/j{job}/control"),
             1 => format!("echo detach timeout=3 > $R/jobs/j{job}/control"),
-            2..=7 => format!("echo attach timeout=3 > {v}/control"),
-            8..=12 => format!("echo detach timeout=3 > {v}/control"),
+            2..=8 => format!("echo attach timeout=3 > {v}/control"),
+            9..=12 => format!("echo detach timeout=3 > {v}/control"),
             13 => format!("echo move j{other} > {v}/control"),
             14 => format!("echo disk n{} > {v}/control", dice.below(1000)),
             15 => format!("echo resize {}M timeout=3 > {v}/control", 1 + dice.below(3)),
@@ -53,7 +57,7 @@ fn script(dice: &mut Dice, uuids: &[String], wrong: &str) -> String {
                  echo \"{uuid} $a: $h\" >> {wrong}; }}"
             ),
         };
-        writeln!(text, "{line}; echo \"s $?\"").unwrap();
+        writeln!(text, "here; {line}; echo \"s $?\"").unwrap();
     }
     text
 }
@@ -80,7 +84,7 @@ impl Adversary<'_> {
         let Some(name) = (!all.is_empty()).then(|| dice.one(&all).clone()) else { return };
         if let Some((device, mut info)) = self.ours(&name, &self.junk) {
             if dice.below(2) == 0 {
-                info.set_file_name(dice.one(&self.tags));
+                info.set_file_name(dice.one::<String>(&self.tags));
                 let _ = sys::loop_set_status(device.as_fd(), &info);
             } else {
                 let _ = sys::loop_clear(device.as_fd());
@@ -89,7 +93,7 @@ impl Adversary<'_> {
             let _ = sys::loop_clear(device.as_fd());
         }
         if all.iter().filter(|n| self.ours(n, &self.junk).is_some()).count() < 2 {
-            bind(dice.one(&self.junk), dice.one(&self.tags));
+            bind(dice.one(&self.junk), dice.one::<String>(&self.tags));
         }
     }
 
@@ -102,24 +106,31 @@ impl Adversary<'_> {
     }
 }
 
-/// Gives up what is lost, looks again at the rest, until all agree.
+/// Ends what waits for a device that the adversary has taken, gives up what is lost, looks again at
+/// the rest, until all agree.
 fn peace(volfs: &Volfs, at: &str) -> (View, Duration) {
     let began = Instant::now();
-    // An adversary's unbinding shows as `lost`: a detach is how that is accepted.
     while began.elapsed() < PATIENCE {
-        let _ = volfs.write("control", "reconcile timeout=5");
-        let table = volfs.read("table").unwrap_or_default();
-        let mut lost = 0;
-        for row in table.lines().skip(1).map(|l| l.split('\t').collect::<Vec<_>>()) {
-            if ["lost", "conflict", "unknown"].contains(&row[4]) {
-                lost += 1;
-                let _ = volfs.write(format!("volumes/{}/control", row[2]), "reconcile timeout=5");
-                if row[4] == "lost" {
-                    let _ = volfs.write(format!("volumes/{}/control", row[2]), "detach timeout=5");
-                }
+        let mut open = 0;
+        for entry in fs::read_dir(volfs.path("operations")).unwrap().flatten() {
+            let id = entry.file_name().into_string().unwrap();
+            if volfs.read(format!("operations/{id}")).is_ok_and(|text| text.contains("\"ended\":null")) {
+                open += 1;
+                let _ = volfs.write("control", &format!("cancel {id} timeout=5"));
             }
         }
-        if lost == 0 {
+        let _ = volfs.write("control", "reconcile timeout=5");
+        let table = volfs.read("table").unwrap_or_default();
+        for row in table.lines().skip(1).map(|l| l.split('\t').collect::<Vec<_>>()) {
+            let verb = match row[4] {
+                "lost" => "detach",
+                "conflict" | "unknown" => "reconcile",
+                _ => continue,
+            };
+            open += 1;
+            let _ = volfs.write(format!("volumes/{}/control", row[2]), &format!("{verb} timeout=5"));
+        }
+        if open == 0 {
             break;
         }
     }
@@ -163,7 +174,7 @@ fn churn_of_shells_kills_and_an_adversary_ends_consistent() {
         let shells: Vec<_> = scripts.iter().map(|text| volfs.sh_spawn(&["dash"], text)).collect();
         let over = AtomicBool::new(false);
         let moments: Vec<Duration> =
-            (0..1 + dice.below(2)).map(|_| dice.spread(Duration::from_millis(50), Duration::from_secs(3))).collect();
+            (0..1 + dice.below(2)).map(|_| dice.spread(Duration::from_millis(200), Duration::from_secs(4))).collect();
         let tempers = dice.throw();
         let said = std::thread::scope(|threads| {
             let ended = threads.spawn(|| shells.into_iter().map(finish).collect::<Vec<_>>());
