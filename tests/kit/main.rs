@@ -15,9 +15,9 @@ mod errors;
 mod kill;
 mod model;
 mod oracle;
-
-
-
+mod power;
+mod replay;
+mod trace;
 
 use std::time::Duration;
 
