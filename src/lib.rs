@@ -56,3 +56,7 @@ pub mod model;
 pub mod start;
 pub mod store;
 pub mod sys;
+
+#[cfg(test)]
+#[path = "../tests/corpus/fuzz.rs"]
+mod fuzz;
