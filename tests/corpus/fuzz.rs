@@ -35,8 +35,26 @@ impl Dice {
 
 /// Bytes that parsers trip over.
 const ODD: [&[u8]; 20] = [
-    b"\0", b"\n", b"\r\n", b" ", b"\t", b"=", b"\"", b"\\", b"\xff", b"\xc3", b"\xe2\x80\xae", b"-1", b"0",
-    b"18446744073709551616", b"9223372036854775807", b"1e400", b"{", b"[", b"../", b"null",
+    b"\0",
+    b"\n",
+    b"\r\n",
+    b" ",
+    b"\t",
+    b"=",
+    b"\"",
+    b"\\",
+    b"\xff",
+    b"\xc3",
+    b"\xe2\x80\xae",
+    b"-1",
+    b"0",
+    b"18446744073709551616",
+    b"9223372036854775807",
+    b"1e400",
+    b"{",
+    b"[",
+    b"../",
+    b"null",
 ];
 
 fn changed(dice: &mut Dice, corpus: &[Vec<u8>]) -> Vec<u8> {

@@ -169,8 +169,7 @@ fn churn_of_shells_kills_and_an_adversary_ends_consistent() {
     while began.elapsed() < Duration::from_secs(seconds as u64) {
         rounds += 1;
         let at = format!("round {rounds}, seed {seed}");
-        let scripts: Vec<String> =
-            (0..SHELLS).map(|_| script(&mut dice, &uuids, wrong.to_str().unwrap())).collect();
+        let scripts: Vec<String> = (0..SHELLS).map(|_| script(&mut dice, &uuids, wrong.to_str().unwrap())).collect();
         let shells: Vec<_> = scripts.iter().map(|text| volfs.sh_spawn(&["dash"], text)).collect();
         let over = AtomicBool::new(false);
         let moments: Vec<Duration> =
@@ -180,7 +179,8 @@ fn churn_of_shells_kills_and_an_adversary_ends_consistent() {
             let ended = threads.spawn(|| shells.into_iter().map(finish).collect::<Vec<_>>());
             for moment in moments {
                 {
-                    let adversary = Adversary { volfs: &volfs, data: data.clone(), junk: junk.clone(), tags: tags.clone() };
+                    let adversary =
+                        Adversary { volfs: &volfs, data: data.clone(), junk: junk.clone(), tags: tags.clone() };
                     let from = Instant::now();
                     let mut dice = Dice::new(tempers ^ kills as u64);
                     while from.elapsed() < moment && !ended.is_finished() {
@@ -194,7 +194,11 @@ fn churn_of_shells_kills_and_an_adversary_ends_consistent() {
                 volfs.launch();
             }
             while !ended.is_finished() {
-                assert!(began.elapsed() < Duration::from_secs(seconds as u64) + ROUND, "{at}: shells hang\n{}", volfs.log());
+                assert!(
+                    began.elapsed() < Duration::from_secs(seconds as u64) + ROUND,
+                    "{at}: shells hang\n{}",
+                    volfs.log()
+                );
                 std::thread::park_timeout(Duration::from_millis(5));
             }
             over.store(true, SeqCst);

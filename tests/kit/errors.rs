@@ -81,7 +81,13 @@ impl Suite {
     #[track_caller]
     fn bring(&self, verb: &str, at: &str) {
         let errno = self.volfs.write(self.file("control"), verb);
-        assert_eq!(errno, 0, "{at}: {verb} without errors: {:?}\n{}", self.volfs.read(self.file("error")), self.volfs.log());
+        assert_eq!(
+            errno,
+            0,
+            "{at}: {verb} without errors: {:?}\n{}",
+            self.volfs.read(self.file("error")),
+            self.volfs.log()
+        );
     }
 
     /// One error at one place; false when the command makes no such call.

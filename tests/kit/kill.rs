@@ -27,7 +27,17 @@ const WORLDS: usize = 2;
 
 /// System calls between two of which something has just become true.
 const CALLS: [&str; 12] = [
-    "pwrite64", "fdatasync", "fsync", "write", "writev", "ioctl", "rename", "openat", "flock", "read", "getdents64",
+    "pwrite64",
+    "fdatasync",
+    "fsync",
+    "write",
+    "writev",
+    "ioctl",
+    "rename",
+    "openat",
+    "flock",
+    "read",
+    "getdents64",
     "all",
 ];
 

@@ -6,7 +6,6 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, dead_code)]
 
-
 mod churn;
 #[path = "../tree/common.rs"]
 mod common;

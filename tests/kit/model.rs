@@ -226,7 +226,9 @@ impl Model {
         *self = if as_after.is_empty() { after } else { before };
         self.pending = None;
         if !as_before.is_empty() && !as_after.is_empty() {
-            wrong.push(format!("{step:?} was not answered, and it is neither as before:\n{as_before:#?}\nnor done:\n{as_after:#?}"));
+            wrong.push(format!(
+                "{step:?} was not answered, and it is neither as before:\n{as_before:#?}\nnor done:\n{as_after:#?}"
+            ));
         }
         wrong
     }

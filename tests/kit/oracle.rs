@@ -249,8 +249,7 @@ impl View {
         let mapping = bound.map(|b| (Some(b.name.clone()), Some(b.dev.clone()), Some(b.diskseq), Some(b.bytes)));
         match (&owned.mapping, &mapping) {
             // The size is that of the moment it was verified: it may have grown.
-            (Some((a, b, c, Some(then))), Some((x, y, z, Some(now))))
-                if (a, b, c) == (x, y, z) && then <= now => {}
+            (Some((a, b, c, Some(then))), Some((x, y, z, Some(now)))) if (a, b, c) == (x, y, z) && then <= now => {}
             _ => same("the mapping", format!("{:?}", owned.mapping), format!("{mapping:?}")),
         }
         if let Some(bound) = bound {
@@ -277,9 +276,14 @@ impl View {
                     wrong.push(format!("{uuid}: {what} says {have}, not {should}"));
                 }
             };
-            same("status", format!("{:?}", volfs.read(file("status"))), format!("{:?}", Ok::<_, i32>(format!("{}\n", owned.status))));
+            same(
+                "status",
+                format!("{:?}", volfs.read(file("status"))),
+                format!("{:?}", Ok::<_, i32>(format!("{}\n", owned.status))),
+            );
             same("device", format!("{:?}", volfs.read(file("device"))), format!("{device:?}"));
-            let told: Option<i64> = volfs.read(file("incarnation")).ok().and_then(|t| t.split_whitespace().last()?.parse().ok());
+            let told: Option<i64> =
+                volfs.read(file("incarnation")).ok().and_then(|t| t.split_whitespace().last()?.parse().ok());
             same("incarnation", format!("{told:?}"), format!("{seq:?}"));
             let block = fs::metadata(volfs.path(file("block"))).ok();
             let dev = block.map(|m| {

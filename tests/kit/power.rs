@@ -103,9 +103,27 @@ fn recorded() -> Run {
     };
     let mut released = String::new();
     for line in [
-        "mkdir a", "a create d1 1M", "a create d2 1M", "a/d1 attach", "a=vm one", "a/d1 detach", "a/d1 resize 2M",
-        "a/d2 disk x", "mkdir b", "a/x move b", "a attach", "a/d1 resize 3M", "a detach", "b/x release", "a claim",
-        "a!1", "a!0", "a/x delete", "a/d1 attach", "a/d1 detach", "b destroy b",
+        "mkdir a",
+        "a create d1 1M",
+        "a create d2 1M",
+        "a/d1 attach",
+        "a=vm one",
+        "a/d1 detach",
+        "a/d1 resize 2M",
+        "a/d2 disk x",
+        "mkdir b",
+        "a/x move b",
+        "a attach",
+        "a/d1 resize 3M",
+        "a detach",
+        "b/x release",
+        "a claim",
+        "a!1",
+        "a!0",
+        "a/x delete",
+        "a/d1 attach",
+        "a/d1 detach",
+        "b destroy b",
     ] {
         if let Some(job) = line.strip_prefix("mkdir ") {
             fs::create_dir(volfs.path(format!("jobs/{job}"))).unwrap();
@@ -179,7 +197,8 @@ fn place() -> tempfile::TempDir {
 
 fn record_of(image: &Image) -> Option<String> {
     let dir = place();
-    let only: Image = image.iter().filter(|(p, _)| !p.starts_with("/state/loop")).map(|(p, b)| (p.clone(), b.clone())).collect();
+    let only: Image =
+        image.iter().filter(|(p, _)| !p.starts_with("/state/loop")).map(|(p, b)| (p.clone(), b.clone())).collect();
     replay::write(&only, dir.path());
     rows(&dir.path().join("state/volfs.db"))
 }
@@ -249,7 +268,9 @@ fn judge(run: &Run, truth: &Truth, n: usize, image: &Image) -> Result<(), String
     let found = rows(&state.join("volfs.db")).filter(|_| was);
     if !truth.record(n).contains(&&found) {
         let may = truth.record(n);
-        return Err(format!("the record is neither what was synced nor what was being synced:\n{found:?}\nbut:\n{may:?}"));
+        return Err(format!(
+            "the record is neither what was synced nor what was being synced:\n{found:?}\nbut:\n{may:?}"
+        ));
     }
     let conn = Connection::open(state.join("volfs.db")).unwrap();
     let whole: String = conn.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
@@ -273,7 +294,11 @@ fn synced_before_answered(run: &Run, truth: &Truth) -> Result<(), String> {
         // Rows that the operation ended with; one that began since is none of it.
         let lost: Vec<&str> = answer.rows.lines().filter(|l| !rows.contains(l) && !l.ends_with("|-")).collect();
         if !lost.is_empty() {
-            return Err(format!("`{}` was answered before these rows were synced:\n{}", answer.command, lost.join("\n")));
+            return Err(format!(
+                "`{}` was answered before these rows were synced:\n{}",
+                answer.command,
+                lost.join("\n")
+            ));
         }
     }
     Ok(())
@@ -309,8 +334,8 @@ fn cut(
     (cuts, Ok(()))
 }
 
-fn all_lucks(_: &mut Dice) -> Vec<Luck> {
-    vec![Luck::Nothing, Luck::Everything, Luck::Some(30), Luck::Some(50), Luck::Some(85)]
+fn all_lucks(dice: &mut Dice) -> Vec<Luck> {
+    vec![Luck::Nothing, Luck::Everything, Luck::Some(20 + dice.below(70))]
 }
 
 fn one_luck(dice: &mut Dice) -> Vec<Luck> {

@@ -12,14 +12,36 @@ use std::path::Path;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// Opened with O_CREAT or O_TRUNC.
-    Open { path: String, truncate: bool },
-    Write { path: String, at: u64, data: Vec<u8> },
-    Truncate { path: String, to: u64 },
-    Allocate { path: String, to: u64 },
-    Sync { path: String },
-    Rename { from: String, to: String },
-    Unlink { path: String },
-    Mkdir { path: String },
+    Open {
+        path: String,
+        truncate: bool,
+    },
+    Write {
+        path: String,
+        at: u64,
+        data: Vec<u8>,
+    },
+    Truncate {
+        path: String,
+        to: u64,
+    },
+    Allocate {
+        path: String,
+        to: u64,
+    },
+    Sync {
+        path: String,
+    },
+    Rename {
+        from: String,
+        to: String,
+    },
+    Unlink {
+        path: String,
+    },
+    Mkdir {
+        path: String,
+    },
 }
 
 /// An event and when its call had returned, in microseconds since 1970.
@@ -153,7 +175,8 @@ pub fn read(prefix: &Path, root: &str) -> Vec<Timed> {
         // Padding of short lines.
         let args: Vec<&str> = args.trim_end().trim_end_matches(')').split(", ").collect();
         let Some(event) = reader.event(call, &args, answer.trim()) else { continue };
-        let below = |p: &&String| (*p == root || p.starts_with(&state)) && !p.ends_with("-shm") && !p.ends_with(" (deleted)");
+        let below =
+            |p: &&String| (*p == root || p.starts_with(&state)) && !p.ends_with("-shm") && !p.ends_with(" (deleted)");
         if event.paths().iter().all(below) {
             events.push((event, *at));
         }
