@@ -4,7 +4,7 @@
 //! Each suite prints one line with its figures. `VOLFS_SEED` repeats its choices, `VOLFS_LONG=1` or a
 //! count of its own (`VOLFS_KILLS`, `VOLFS_CUTS`, `VOLFS_CHURN_SECONDS`) makes it long.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, dead_code)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod churn;
 #[path = "../tree/common.rs"]

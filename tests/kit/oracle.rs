@@ -34,6 +34,9 @@ pub struct Stored {
     pub file: (u64, u64),
 }
 
+/// A row of `device_mappings`: device, its number, diskseq, bytes.
+pub type Mapped = (Option<String>, Option<String>, Option<i64>, Option<i64>);
+
 /// A volume that a job has in the record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Owned {
@@ -42,8 +45,7 @@ pub struct Owned {
     pub epoch: i64,
     pub size: i64,
     pub status: String,
-    /// Device, its number, diskseq, bytes.
-    pub mapping: Option<(Option<String>, Option<String>, Option<i64>, Option<i64>)>,
+    pub mapping: Option<Mapped>,
 }
 
 /// All of it at one moment.
@@ -308,13 +310,6 @@ impl View {
 fn names(dir: &Path) -> BTreeSet<String> {
     let entries = fs::read_dir(dir).map(|all| all.flatten().map(|e| e.file_name().into_string().unwrap()));
     entries.map(Iterator::collect).unwrap_or_default()
-}
-
-/// Volumes that the daemon itself names as not in order.
-pub fn named(volfs: &Volfs) -> BTreeSet<String> {
-    let text = volfs.read("problems").unwrap_or_default();
-    let words = text.lines().skip(1).flat_map(|l| l.split(['\t', ' ', ':', '/']));
-    words.filter(|w| w.len() == 36 && w.bytes().filter(|b| *b == b'-').count() == 4).map(str::to_owned).collect()
 }
 
 /// Waits until all agree; answers the view and how long it took.
