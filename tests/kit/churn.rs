@@ -11,7 +11,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use volfs::sys::{self, LoopInfo64};
@@ -24,7 +24,7 @@ use super::{Dice, count, figures, seed};
 const JOBS: usize = 8;
 const DISKS: usize = 8;
 const SHELLS: usize = 200;
-const COMMANDS: usize = 8;
+const COMMANDS: usize = 6;
 /// Longest that a round's shells may take.
 const ROUND: Duration = Duration::from_secs(120);
 
@@ -42,7 +42,11 @@ fn script(dice: &mut Dice, uuids: &[String], wrong: &str) -> String {
         let line = match dice.below(28) {
             0 => format!("echo attach timeout=3 > $R/jobs/j{job}/control"),
             1 => format!("echo detach timeout=3 > $R/jobs/j{job}/control"),
-            2..=8 => format!("echo attach timeout=3 > {v}/control"),
+            // What the adversary has unbound is given up first: an attach would wait for it to come back.
+            2..=8 => format!(
+                "case $(cat {v}/status) in lost) echo detach timeout=3 > {v}/control;; \
+                 detached) echo attach timeout=3 > {v}/control;; *) false;; esac"
+            ),
             9..=12 => format!("echo detach timeout=3 > {v}/control"),
             13 => format!("echo move j{other} > {v}/control"),
             14 => format!("echo disk n{} > {v}/control", dice.below(1000)),
@@ -171,9 +175,8 @@ fn churn_of_shells_kills_and_an_adversary_ends_consistent() {
         let at = format!("round {rounds}, seed {seed}");
         let scripts: Vec<String> = (0..SHELLS).map(|_| script(&mut dice, &uuids, wrong.to_str().unwrap())).collect();
         let shells: Vec<_> = scripts.iter().map(|text| volfs.sh_spawn(&["dash"], text)).collect();
-        let over = AtomicBool::new(false);
         let moments: Vec<Duration> =
-            (0..1 + dice.below(2)).map(|_| dice.spread(Duration::from_millis(200), Duration::from_secs(4))).collect();
+            (0..1 + dice.below(2)).map(|_| dice.spread(Duration::from_secs(1), Duration::from_secs(6))).collect();
         let tempers = dice.throw();
         let said = std::thread::scope(|threads| {
             let ended = threads.spawn(|| shells.into_iter().map(finish).collect::<Vec<_>>());
@@ -186,7 +189,7 @@ fn churn_of_shells_kills_and_an_adversary_ends_consistent() {
                     while from.elapsed() < moment && !ended.is_finished() {
                         adversary.strike(&mut dice);
                         strikes.fetch_add(1, SeqCst);
-                        std::thread::park_timeout(Duration::from_millis(5));
+                        std::thread::park_timeout(Duration::from_millis(40));
                     }
                 }
                 volfs.kill();
@@ -201,7 +204,6 @@ fn churn_of_shells_kills_and_an_adversary_ends_consistent() {
                 );
                 std::thread::park_timeout(Duration::from_millis(5));
             }
-            over.store(true, SeqCst);
             ended.join().unwrap()
         });
         for said in said {
