@@ -344,7 +344,12 @@ fn quote(text: &str) -> String {
 /// A name that is wrong because it is long would fill `error` with itself.
 fn short(mut bad: BadName) -> Error {
     const MOST: usize = 200;
-    if let Some((end, _)) = bad.text.char_indices().nth(MOST) {
+    // As long as it is shown: escaped.
+    let shown = |room: &mut usize, (at, c): (usize, char)| {
+        *room = room.saturating_sub(c.escape_debug().len());
+        Some((at, *room))
+    };
+    if let Some((end, _)) = bad.text.char_indices().scan(MOST + 1, shown).find(|(_, room)| *room == 0) {
         bad.text.truncate(end);
         bad.text.push_str("...");
     }

@@ -70,3 +70,7 @@ pub mod store;
 pub mod sys;
 pub mod upgrade;
 pub mod upkeep;
+
+#[cfg(test)]
+#[path = "../tests/corpus/fuzz.rs"]
+mod fuzz;

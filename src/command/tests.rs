@@ -312,3 +312,26 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn any_bytes_are_a_command_that_reads_back_or_a_short_sentence() {
+    crate::fuzz::fuzz("command", 10_000, |bytes| {
+        let mut taken = false;
+        for place in [Place::Root, Place::Job, Place::Volume] {
+            match parse(bytes, place) {
+                Ok(command) => {
+                    let spelled = spell(&command.action);
+                    let again = parse(spelled.as_bytes(), place).unwrap_or_else(|e| panic!("`{spelled}`: {e}"));
+                    assert_eq!(again, Command { action: command.action, timeout: None, nowait: false }, "{spelled}");
+                    taken = true;
+                }
+                Err(e) => {
+                    let words = e.to_string();
+                    assert_eq!(e.errno(), crate::error::Errno::EINVAL, "{words}");
+                    assert!(words.len() < 1000 && !words.contains(['\n', '\0', '\r']), "{words:?}");
+                }
+            }
+        }
+        taken
+    });
+}

@@ -188,3 +188,23 @@ fn an_export_name_is_unique_and_a_file_name() {
 fn the_command_line_is_consistent() {
     Cli::command().debug_assert();
 }
+
+#[test]
+fn any_file_is_a_configuration_or_words_that_name_it() {
+    crate::fuzz::fuzz("config", 500, |bytes| {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        let path = file.path().display().to_string();
+        match config(&["--config", &path, "mount"]) {
+            Ok((_, config)) => {
+                assert!(config.reconcile_interval >= Duration::from_secs(1) && config.mountpoint.is_absolute());
+                assert!(config.settings.iter().all(|s| !s.value.contains('\n')), "{:?}", config.settings);
+                true
+            }
+            Err(problem) => {
+                assert!(!problem.to_string().is_empty());
+                false
+            }
+        }
+    });
+}

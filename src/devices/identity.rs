@@ -37,7 +37,11 @@ pub fn read(dir: &Path) -> io::Result<DiskIdentity> {
     }
     for name in ["wwid", "device/wwid"] {
         if let Some(id) = attribute(&dir.join(name))?.and_then(|b| clean(&b)) {
-            return Ok(DiskIdentity::Serial(without_kind(&id).to_owned()));
+            // A kind without a number tells nothing.
+            let number = without_kind(&id).trim_ascii();
+            if !number.is_empty() {
+                return Ok(DiskIdentity::Serial(number.to_owned()));
+            }
         }
     }
     Ok(DiskIdentity::None)

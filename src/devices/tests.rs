@@ -1,6 +1,7 @@
 //! Tests against the real kernel, with loop devices of their own.
 
 mod flush;
+mod fuzz;
 mod recorded;
 
 use std::collections::HashMap;

@@ -26,6 +26,8 @@ pub mod answer;
 pub mod client;
 mod create;
 pub mod credentials;
+#[cfg(test)]
+mod fuzz;
 mod jobs;
 mod list;
 mod marks;

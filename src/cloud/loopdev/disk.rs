@@ -160,6 +160,7 @@ impl Layout {
         let make = |path: &Path| {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|e| not_started(path.display(), &e))
         };
+        let missing: Vec<PathBuf> = dir.ancestors().take_while(|d| !d.exists()).map(Path::to_owned).collect();
         make(dir)?;
         // Absolute and free of symlinks: the kernel shows backing files so.
         let dir = fs::canonicalize(dir).map_err(|e| unreachable(dir.display(), &e))?;
@@ -179,6 +180,12 @@ impl Layout {
         let provider = Self::read_marker(&marker)?;
         for name in ["volumes", "vms", "trash"] {
             make(&dir.join(name))?;
+        }
+        // Without this a power cut could take a directory with all that was synced in it.
+        let above = missing.iter().filter_map(|made| made.parent());
+        let above = above.map(|d| if d.as_os_str().is_empty() { Path::new(".") } else { d });
+        for holder in [dir.as_path()].into_iter().chain(above) {
+            sync_dir(holder).map_err(|e| not_started(holder.display(), &e))?;
         }
         Ok(Self { dir, instance: provider.instance })
     }

@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
 use super::device::Binding;
@@ -13,6 +13,7 @@ use crate::model::{DiskName, JobId, RecordId};
 use crate::sys;
 
 mod faults;
+mod fuzz;
 
 const MIB: u64 = 1 << 20;
 

@@ -1,0 +1,235 @@
+//! Churn: 64 volumes, 200 shells of mixed commands, an adversary on the loop devices, and a daemon
+//! that is killed every few seconds. In rounds: 200 shells with their scripts, one or two kills, an
+//! end in peace, and the same oracle as after each random kill.
+//!
+//! The shells check what only they can see: bytes read from `block` between two equal readings of
+//! `incarnation` are that volume's own (S1), however the adversary has bound junk meanwhile.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use volfs::sys::{self, LoopInfo64};
+
+use super::common::{PATIENCE, Volfs, finish};
+use super::kill::bind;
+use super::oracle::{self, View};
+use super::{Dice, count, figures, seed};
+
+const JOBS: usize = 8;
+const DISKS: usize = 8;
+const SHELLS: usize = 200;
+const COMMANDS: usize = 6;
+/// Longest that a round's shells may take.
+const ROUND: Duration = Duration::from_secs(120);
+
+/// One shell's commands. An error is an answer here, and so is a tree that is away for a moment.
+fn script(dice: &mut Dice, uuids: &[String], wrong: &str) -> String {
+    let mut text = String::from(
+        // While the tree is away for a moment no command is wasted on it.
+        "exec 2> /dev/null\n\
+         here() { n=0; until [ -e \"$R/version\" ] || [ $n -ge 100 ]; do n=$((n + 1)); sleep 0.1; done; }\n",
+    );
+    for _ in 0..COMMANDS {
+        let uuid = dice.one(uuids);
+        let (job, other) = (dice.below(JOBS), dice.below(JOBS));
+        let v = format!("$R/volumes/{uuid}");
+        let line = match dice.below(28) {
+            0 => format!("echo attach timeout=3 > $R/jobs/j{job}/control"),
+            1 => format!("echo detach timeout=3 > $R/jobs/j{job}/control"),
+            // What the adversary has unbound is given up first: an attach would wait for it to come back.
+            2..=8 => format!(
+                "case $(cat {v}/status) in lost) echo detach timeout=3 > {v}/control;; \
+                 detached) echo attach timeout=3 > {v}/control;; *) false;; esac"
+            ),
+            9..=12 => format!("echo detach timeout=3 > {v}/control"),
+            13 => format!("echo move j{other} > {v}/control"),
+            14 => format!("echo disk n{} > {v}/control", dice.below(1000)),
+            15 => format!("echo resize {}M timeout=3 > {v}/control", 1 + dice.below(3)),
+            16 => format!("echo reconcile timeout=3 > {v}/control"),
+            17 => format!("echo vm{} > $R/jobs/j{job}/vm_name", dice.below(100)),
+            18 => format!("echo attach nowait > {v}/control"),
+            19 => "cat $R/table $R/problems $R/health > /dev/null".into(),
+            _ => format!(
+                "a=$(cat {v}/incarnation) && h=$(head -c 36 {v}/block) && b=$(cat {v}/incarnation) && \
+                 [ \"$a\" = \"$b\" ] && [ -n \"$h\" ] && {{ [ \"$h\" = {uuid} ] && echo right || \
+                 echo \"{uuid} $a: $h\" >> {wrong}; }}"
+            ),
+        };
+        writeln!(text, "here; {line}; echo \"s $?\"").unwrap();
+    }
+    text
+}
+
+/// Binds junk, takes devices over, and forges tags: only of this test's own files.
+struct Adversary<'a> {
+    volfs: &'a Volfs,
+    data: Vec<PathBuf>,
+    junk: Vec<PathBuf>,
+    tags: Vec<String>,
+}
+
+impl Adversary<'_> {
+    /// The device, held open so that it keeps its file, if that is one of these.
+    fn ours(&self, name: &str, of: &[PathBuf]) -> Option<(File, LoopInfo64)> {
+        let device = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(format!("/dev/{name}")).ok()?;
+        let info = sys::loop_status(device.as_fd()).ok()?;
+        let is = |p: &PathBuf| fs::metadata(p).is_ok_and(|m| (m.dev(), m.ino()) == (info.lo_device, info.lo_inode));
+        of.iter().any(is).then_some((device, info))
+    }
+
+    fn strike(&self, dice: &mut Dice) {
+        let all = self.volfs.loops();
+        let Some(name) = (!all.is_empty()).then(|| dice.one(&all).clone()) else { return };
+        if let Some((device, mut info)) = self.ours(&name, &self.junk) {
+            if dice.below(2) == 0 {
+                info.set_file_name(dice.one::<String>(&self.tags));
+                let _ = sys::loop_set_status(device.as_fd(), &info);
+            } else {
+                let _ = sys::loop_clear(device.as_fd());
+            }
+        } else if let Some((device, _)) = self.ours(&name, &self.data) {
+            let _ = sys::loop_clear(device.as_fd());
+        }
+        if all.iter().filter(|n| self.ours(n, &self.junk).is_some()).count() < 2 {
+            bind(dice.one(&self.junk), dice.one::<String>(&self.tags));
+        }
+    }
+
+    fn leave(&self) {
+        for name in self.volfs.loops() {
+            if let Some((device, _)) = self.ours(&name, &self.junk) {
+                let _ = sys::loop_clear(device.as_fd());
+            }
+        }
+    }
+}
+
+/// Ends what waits for a device that the adversary has taken, gives up what is lost, looks again at
+/// the rest, until all agree.
+fn peace(volfs: &Volfs, at: &str) -> (View, Duration) {
+    let began = Instant::now();
+    while began.elapsed() < PATIENCE {
+        let mut open = 0;
+        for entry in fs::read_dir(volfs.path("operations")).unwrap().flatten() {
+            let id = entry.file_name().into_string().unwrap();
+            if volfs.read(format!("operations/{id}")).is_ok_and(|text| text.contains("\"ended\":null")) {
+                open += 1;
+                let _ = volfs.write("control", &format!("cancel {id} timeout=5"));
+            }
+        }
+        let _ = volfs.write("control", "reconcile timeout=5");
+        let table = volfs.read("table").unwrap_or_default();
+        for row in table.lines().skip(1).map(|l| l.split('\t').collect::<Vec<_>>()) {
+            let verb = match row[4] {
+                "lost" => "detach",
+                "conflict" | "unknown" => "reconcile",
+                _ => continue,
+            };
+            open += 1;
+            let _ = volfs.write(format!("volumes/{}/control", row[2]), &format!("{verb} timeout=5"));
+        }
+        if open == 0 {
+            break;
+        }
+    }
+    let (view, _) = oracle::settled_but(volfs, PATIENCE, at, true);
+    (view, began.elapsed())
+}
+
+#[test]
+fn churn_of_shells_kills_and_an_adversary_ends_consistent() {
+    let (seconds, seed) = (count("VOLFS_CHURN_SECONDS", 30, 3600), seed());
+    println!("seed {seed}");
+    let mut dice = Dice::new(seed);
+    let mut volfs = Volfs::start_with(&[], "reconcile_interval = 1\n");
+    let mut uuids = Vec::new();
+    for job in 0..JOBS {
+        let disks: Vec<String> = (0..DISKS).map(|d| format!("d{d}")).collect();
+        let names: Vec<&str> = disks.iter().map(String::as_str).collect();
+        uuids.extend(volfs.job(&format!("j{job}"), &names, "1M"));
+    }
+    let data = |uuid: &String| volfs.state().join("loop/volumes").join(uuid).join("data.img");
+    let data: Vec<PathBuf> = uuids.iter().map(data).collect();
+    for (uuid, file) in uuids.iter().zip(&data) {
+        OpenOptions::new().write(true).open(file).unwrap().write_all_at(uuid.as_bytes(), 0).unwrap();
+    }
+    let junk: Vec<PathBuf> = (0..3).map(|n| volfs.scratch(&format!("junk{n}"))).collect();
+    for path in &junk {
+        fs::write(path, vec![b'J'; 1 << 20]).unwrap();
+    }
+    let mut tags: Vec<String> = uuids.iter().map(|u| format!("volfs:{u}")).collect();
+    tags.extend((0..tags.len()).map(|n| format!("junk-{n}")));
+    let wrong = volfs.scratch("wrong");
+    let (mut rounds, mut kills, mut done, mut refused, mut right) = (0, 0, 0, 0, 0);
+    let strikes = AtomicUsize::new(0);
+    let mut slowest = Duration::ZERO;
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(seconds as u64) {
+        rounds += 1;
+        let at = format!("round {rounds}, seed {seed}");
+        let scripts: Vec<String> = (0..SHELLS).map(|_| script(&mut dice, &uuids, wrong.to_str().unwrap())).collect();
+        let shells: Vec<_> = scripts.iter().map(|text| volfs.sh_spawn(&["dash"], text)).collect();
+        let moments: Vec<Duration> =
+            (0..1 + dice.below(2)).map(|_| dice.spread(Duration::from_secs(1), Duration::from_secs(6))).collect();
+        let tempers = dice.throw();
+        let said = std::thread::scope(|threads| {
+            let ended = threads.spawn(|| shells.into_iter().map(finish).collect::<Vec<_>>());
+            for moment in moments {
+                {
+                    let adversary =
+                        Adversary { volfs: &volfs, data: data.clone(), junk: junk.clone(), tags: tags.clone() };
+                    let from = Instant::now();
+                    let mut dice = Dice::new(tempers ^ kills as u64);
+                    while from.elapsed() < moment && !ended.is_finished() {
+                        adversary.strike(&mut dice);
+                        strikes.fetch_add(1, SeqCst);
+                        std::thread::park_timeout(Duration::from_millis(40));
+                    }
+                }
+                volfs.kill();
+                kills += 1;
+                volfs.launch();
+            }
+            while !ended.is_finished() {
+                assert!(
+                    began.elapsed() < Duration::from_secs(seconds as u64) + ROUND,
+                    "{at}: shells hang\n{}",
+                    volfs.log()
+                );
+                std::thread::park_timeout(Duration::from_millis(5));
+            }
+            ended.join().unwrap()
+        });
+        for said in said {
+            done += said.out.lines().filter(|l| *l == "s 0").count();
+            refused += said.out.lines().filter(|l| l.starts_with("s ") && *l != "s 0").count();
+            right += said.out.lines().filter(|l| *l == "right").count();
+        }
+        Adversary { volfs: &volfs, data: data.clone(), junk: junk.clone(), tags: tags.clone() }.leave();
+        let found = fs::read_to_string(&wrong).unwrap_or_default();
+        assert!(found.is_empty(), "{at}: bytes of another disk:\n{found}\n{}", volfs.log());
+        let (view, took) = peace(&volfs, &at);
+        slowest = slowest.max(took);
+        let have: BTreeSet<&String> = view.owned.keys().collect();
+        assert_eq!(have, uuids.iter().collect(), "{at}: volumes of the record");
+        for (uuid, file) in uuids.iter().zip(&data) {
+            let mut head = [0; 36];
+            File::open(file).unwrap().read_exact_at(&mut head, 0).unwrap();
+            assert_eq!(head, uuid.as_bytes(), "{at}: the first bytes of {uuid}");
+        }
+    }
+    let words = format!(
+        "{} volumes, {rounds} rounds of {SHELLS} shells, {kills} kills, {} strikes, {done} commands done, {refused} \
+         refused or cut off, {right} reads right, at peace within {slowest:?}",
+        uuids.len(),
+        strikes.load(SeqCst)
+    );
+    figures("churn", seed, began.elapsed(), &words);
+    assert!(done > SHELLS && right > 0, "too little happened: {words}");
+}
