@@ -451,7 +451,8 @@ fn begin(sim: &Sim) -> (Arc<Engine>, u64) {
         read_only: None,
         foreign: false,
         history: 100,
-        events: 10,
+        events: Arc::new(crate::engine::Events::new(10)),
+        asked: Vec::new(),
         clock: Arc::new(move || Timestamp(1_800_000_000_000).plus(epoch.elapsed())),
     };
     let port = Arc::new(Port { sim: sim.clone(), life, writer: tokio::sync::Mutex::default() });
