@@ -26,6 +26,8 @@ pub(super) struct Truth {
     copy: AtomicBool,
     /// All marks of this record were looked at since the start.
     looked: AtomicBool,
+    /// One first look serves all that wait for it: after a crash, every operation that was in flight.
+    first_look: tokio::sync::Mutex<()>,
 }
 
 impl Truth {
@@ -126,6 +128,10 @@ impl Engine {
         let asks_nobody =
             matches!((&live.target, &live.action), (Target::Volume(row), Action::Release { .. }) if blind(row));
         if !asks_nobody && !self.truth.looked.load(Ordering::SeqCst) {
+            let _one = self.truth.first_look.lock().await;
+            if self.truth.looked.load(Ordering::SeqCst) {
+                return self.refusing();
+            }
             let survey = Survey { record: Some(self.record), ..Survey::default() };
             let seen = self.cloud.survey(&survey).await.map_err(|error| {
                 Fail::clean(

@@ -32,6 +32,7 @@ pub fn rows(view: &View<'_>) -> Vec<Problem> {
         if word != "ok" {
             let remedy = match name {
                 "keeper" => "unmount and mount again when nothing waits; until then do not kill the daemon".into(),
+                "store" if world.read_only.is_some() => "health and the log name the ways out".into(),
                 _ => "look at the log; volfs tries again by itself".into(),
             };
             rows.push(Problem {
