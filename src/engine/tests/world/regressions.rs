@@ -100,18 +100,4 @@ pub const ALL: &[Regression] = &[
         10_808,
         &[Step::Hand(1, Hand::Delete), Pass(70000), Do(1, Attach)],
     ),
-    (
-        "a look that came late was in the record, and another one was shown",
-        2892,
-        &[
-            Step::Hand(0, Hand::AttachThere),
-            Arm(Point::Other, LateAnswer(30_000)),
-            Pass(61_000),
-            Step::Hand(0, Hand::Detach),
-            Do(0, Reconcile),
-            Pass(300),
-            Step::Hand(0, Hand::AttachThere),
-            Pass(70_000),
-        ],
-    ),
 ];
