@@ -170,7 +170,10 @@ fn churn_of_shells_kills_and_an_adversary_ends_consistent() {
     let strikes = AtomicUsize::new(0);
     let mut slowest = Duration::ZERO;
     let began = Instant::now();
-    while began.elapsed() < Duration::from_secs(seconds as u64) {
+    let time = Duration::from_secs(seconds as u64);
+    // A busy machine gets more time, until enough has happened to mean something.
+    let little = |done: usize, right: usize| done <= SHELLS || right == 0;
+    while began.elapsed() < time || (little(done, right) && began.elapsed() < 4 * time) {
         rounds += 1;
         let at = format!("round {rounds}, seed {seed}");
         let scripts: Vec<String> = (0..SHELLS).map(|_| script(&mut dice, &uuids, wrong.to_str().unwrap())).collect();
@@ -197,11 +200,7 @@ fn churn_of_shells_kills_and_an_adversary_ends_consistent() {
                 volfs.launch();
             }
             while !ended.is_finished() {
-                assert!(
-                    began.elapsed() < Duration::from_secs(seconds as u64) + ROUND,
-                    "{at}: shells hang\n{}",
-                    volfs.log()
-                );
+                assert!(began.elapsed() < 4 * time + ROUND, "{at}: shells hang\n{}", volfs.log());
                 std::thread::park_timeout(Duration::from_millis(5));
             }
             ended.join().unwrap()
@@ -231,5 +230,5 @@ fn churn_of_shells_kills_and_an_adversary_ends_consistent() {
         strikes.load(SeqCst)
     );
     figures("churn", seed, began.elapsed(), &words);
-    assert!(done > SHELLS && right > 0, "too little happened: {words}");
+    assert!(!little(done, right), "too little happened: {words}");
 }
