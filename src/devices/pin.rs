@@ -35,7 +35,7 @@ fn failed(what: &str, disk: &Disk, error: impl std::fmt::Display) -> DevicesErro
 pub(super) struct KernelPin {
     scanner: Arc<Scanner>,
     disk: Disk,
-    open: RwLock<Option<Open>>,
+    open: RwLock<Option<Arc<Open>>>,
 }
 
 #[derive(Debug)]
@@ -77,13 +77,16 @@ impl KernelPin {
         if !open.alive() {
             return Err(gone(disk));
         }
-        Ok(KernelPin { scanner, disk: disk.clone(), open: RwLock::new(Some(open)) })
+        Ok(KernelPin { scanner, disk: disk.clone(), open: RwLock::new(Some(Arc::new(open))) })
     }
 
-    /// Asks the open pin; `None` if it is released, gone or another disk.
+    /// Asks the open pin; `None` if it is released, gone or another disk. Not under the lock: a question
+    /// may hang with its device, and a `release` that waited for it would keep every `alive` waiting, which
+    /// the tree's own thread asks.
     fn through<T>(&self, ask: impl FnOnce(&Open) -> io::Result<Option<T>>) -> io::Result<Option<T>> {
-        match self.open.read().as_ref().filter(|o| o.alive()) {
-            Some(open) => ask(open),
+        let open = self.open.read().clone();
+        match open.filter(|open| open.alive()) {
+            Some(open) => ask(&open),
             None => Ok(None),
         }
     }
@@ -115,7 +118,7 @@ impl KernelPin {
 
 impl Pin for KernelPin {
     fn alive(&self) -> bool {
-        self.open.read().as_ref().is_some_and(Open::alive)
+        self.open.read().as_ref().is_some_and(|open| open.alive())
     }
 
     fn look(&self) -> Result<Disk, DevicesError> {

@@ -11,6 +11,7 @@ use super::ticket::Ticket;
 use super::world::{ErrorText, HistoryRow, Job, Operation, Running, Volume, World};
 use super::{Engine, Events, Target};
 use crate::command::{self, Action};
+use crate::devices::Pin;
 use crate::error::Error;
 use crate::model::{
     Caller, DiskName, DiskRow, Fence, JobId, JobRow, MapRow, OpId, Outcome, SnapRow, Status, Timestamp, Verb, VolumeId,
@@ -59,6 +60,9 @@ pub(super) struct Core {
     pub most_history: usize,
     /// The record is being loaded: what it holds is no news.
     pub loading: bool,
+    /// Pins whose mappings have ended: closed after the lock is given back, because a close can take as
+    /// long as its device does.
+    pub released: Vec<Arc<dyn Pin>>,
     /// The event stream is an earlier daemon's, and its readers are still there.
     pub continued: bool,
     events: Vec<(Option<JobRow>, serde_json::Value)>,
@@ -139,6 +143,7 @@ impl Core {
             accepting: true,
             most_history,
             loading: false,
+            released: Vec::new(),
             continued: false,
             events: Vec::new(),
         }
@@ -658,7 +663,7 @@ impl Engine {
 
     /// The same, dated as the commit that it shows.
     pub(super) fn publish_at<R>(&self, at: Timestamp, change: impl FnOnce(&mut Core, Timestamp) -> R) -> R {
-        let (result, world, pushed) = {
+        let (result, world, pushed, released) = {
             let mut core = self.core.lock();
             let result = change(&mut core, at);
             core.world.seq += 1;
@@ -671,8 +676,11 @@ impl Engine {
             }
             let world = Arc::new(core.world.clone());
             self.world.store(world.clone());
-            (result, world, pushed)
+            (result, world, pushed, std::mem::take(&mut core.released))
         };
+        for pin in released {
+            pin.release();
+        }
         let watchers = self.watchers.lock().clone();
         for watcher in watchers {
             watcher(&world);

@@ -281,7 +281,7 @@ impl Engine {
                 if let Some(volume) = core.drop_volume(row, at, known)
                     && let Some(mapping) = &volume.mapping
                 {
-                    mapping.pin.release();
+                    core.released.push(mapping.pin.clone());
                 }
                 // It shows in unclaimed/ as soon as the next look at the cloud has it.
                 wake.notify_one();

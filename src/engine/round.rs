@@ -552,7 +552,7 @@ impl Core {
         if let Some(old) = &before.mapping
             && mapping.as_ref().is_none_or(|new| !Arc::ptr_eq(&new.pin, &old.pin))
         {
-            old.pin.release();
+            self.released.push(old.pin.clone());
         }
         let status_recorded = changes.iter().any(|c| matches!(c, Change::VolumeStatus { .. })) && recorded;
         self.with_volume(before.row, at, |v| {
