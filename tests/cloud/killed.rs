@@ -187,7 +187,7 @@ fn cell(lane: &mut Lane, n: usize, when: When, left: Left) {
     if let Some(volume) = lane.volume(n) {
         // What nobody has looked at is released without the cloud (row X8); that is not the case here.
         let status = format!("volumes/{}/status", volume.id);
-        lane.site.volfs.until("a look", || lane.site.volfs.read(&status).is_ok_and(|s| s != "unknown\n"));
+        lane.site.volfs.until("a look", || lane.site.volfs.read(&status) != Ok("unknown\n".to_owned()));
     }
     let mark = lane.volume(n).and_then(|v| v.tags.get(MARK).cloned()).unwrap_or_default();
     let before = lane.effects(n);
