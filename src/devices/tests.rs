@@ -61,10 +61,19 @@ impl Loop {
         format!("/dev/{}", self.name)
     }
 
+    /// Unbinds it, and waits until it is: somebody who looks at it in passing keeps it for a moment.
     fn clear(&self) {
-        let device = open_node(&self.name);
-        if sys::loop_status(device.as_fd()).is_ok_and(|i| i.file_name() == self.tag) {
-            sys::loop_clear(device.as_fd()).unwrap();
+        let ours = |device: &File| sys::loop_status(device.as_fd()).is_ok_and(|i| i.file_name() == self.tag);
+        let until = Instant::now() + Duration::from_secs(10);
+        loop {
+            let device = open_node(&self.name);
+            if !ours(&device) || Instant::now() > until {
+                return;
+            }
+            // ENXIO: it has just gone.
+            let _ = sys::loop_clear(device.as_fd());
+            drop(device);
+            std::thread::yield_now();
         }
     }
 }

@@ -60,7 +60,7 @@ fn readers(volfs: &Volfs, count: usize, no_resend: bool) -> Vec<Child> {
     // Where nothing is sent again, a read that was in a handler is EIO; a wrong value is never right.
     let error = if no_resend { "continue" } else { "exit 9" };
     let script = format!(
-        "n=0; while [ ! -e stop ]; do
+        "n=0; while [ -e config.toml ] && [ ! -e stop ]; do
             s=$(cat $R/jobs/a/disks/fixed/device) || {error}
             [ \"$s\" = \"$DEVICE\" ] || {{ echo \"device is $s\"; exit 8; }}
             s=$(cat $R/jobs/a/disks/d$1/status) || {error}
