@@ -358,8 +358,12 @@ impl Keeper {
 
     /// What it sent before it died.
     fn last_words(&mut self, daemon: &mut Daemon) {
-        while let Ok(Heard::Packet(word, fds)) = self.hear(Some(daemon), Some(Duration::ZERO)) {
-            self.packet(daemon, &word, fds);
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        while matches!(poll(&mut [PollFd::new(&daemon.socket, PollFlags::IN)], Some(&now)), Ok(1)) {
+            match receive(daemon.socket.as_fd()) {
+                Ok((word, fds)) if !word.is_empty() => self.packet(daemon, &word, fds),
+                _ => return,
+            }
         }
     }
 

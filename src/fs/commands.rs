@@ -80,6 +80,11 @@ impl Inner {
         };
         let caller = caller_of(asked.uid, asked.gid, asked.pid);
         let ask = self.ask_again(place, asked, caller);
+        // Nothing of it is in the journal, and it may be one that was refused and answered in the very
+        // moment of the crash: nothing is begun for a caller that may have gone on.
+        if ask.earlier.is_none() {
+            return reply.error(Errno::EIO);
+        }
         let reply = Reply::Raw(reply, length(&data));
         self.command(Written { node, target, data, nonblock: false }, ask, reply);
     }
