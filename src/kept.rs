@@ -101,6 +101,8 @@ pub struct Asked {
     pub fence: Option<Uuid>,
     /// The bytes of a command.
     pub command: Option<Vec<u8>>,
+    /// It was admitted, and waits for its operation.
+    pub waits: bool,
 }
 
 /// What an open handle means.
@@ -364,6 +366,7 @@ impl Memory {
             high,
             // One more than its length, 0 for what is no command.
             asked.command.as_ref().map_or(0, |c| c.len() as u64 + 1),
+            asked.waits.into(),
         ];
         self.put(&bytes(&head), at);
         Kept { memory: Some(self.clone()), place }
@@ -427,9 +430,9 @@ fn read_requests(file: &File, used: u64) -> io::Result<Vec<(u64, Asked)>> {
     let mut found = Vec::new();
     for place in 0..used {
         let at = REQUESTS_AT + place * REQUEST_SIZE;
-        let mut head = [0u8; 64];
+        let mut head = [0u8; 72];
         file.read_exact_at(&mut head, at)?;
-        let [unique, node, ids, pid, since, low, high, length] = words(&head);
+        let [unique, node, ids, pid, since, low, high, length, waits] = words(&head);
         if unique == 0 {
             continue;
         }
@@ -445,7 +448,8 @@ fn read_requests(file: &File, used: u64) -> io::Result<Vec<(u64, Asked)>> {
         let half = |n: u64| u32::try_from(n & u64::from(u32::MAX)).unwrap_or(0);
         let fence = Some(Uuid::from_u64_pair(low, high)).filter(|fence| !fence.is_nil());
         let (uid, gid, pid) = (half(ids), half(ids >> 32), half(pid));
-        found.push((place, Asked { unique, node, uid, gid, pid, since, fence, command }));
+        let waits = waits != 0;
+        found.push((place, Asked { unique, node, uid, gid, pid, since, fence, command, waits }));
     }
     Ok(found)
 }
@@ -494,6 +498,13 @@ impl Kept {
     /// Nothing is kept.
     pub fn nothing() -> Self {
         Self { memory: None, place: 0 }
+    }
+
+    /// It was admitted, and waits for its operation.
+    pub fn waits(&self) {
+        if let Some(memory) = &self.memory {
+            memory.put(&1u64.to_le_bytes(), REQUESTS_AT + self.place * REQUEST_SIZE + 8 * 8);
+        }
     }
 
     /// It waits for that operation now.

@@ -156,6 +156,7 @@ impl Inner {
             since: kept::boot_clock(),
             fence,
             command: command.map(<[u8]>::to_vec),
+            waits: false,
         })
     }
 

@@ -80,9 +80,9 @@ impl Inner {
         };
         let caller = caller_of(asked.uid, asked.gid, asked.pid);
         let ask = self.ask_again(place, asked, caller);
-        // Nothing of it is in the journal, and it may be one that was refused and answered in the very
-        // moment of the crash: nothing is begun for a caller that may have gone on.
-        if ask.earlier.is_none() {
+        // Neither admitted nor in the journal: it may be one that was refused and answered in the very
+        // moment of the crash, and nothing is begun for a caller that may have gone on.
+        if ask.earlier.is_none() && !asked.waits {
             return reply.error(Errno::EIO);
         }
         let reply = Reply::Raw(reply, length(&data));
@@ -140,6 +140,9 @@ impl Inner {
         let submitted = self.core.submit(target, command, asker);
         if let Some(joined) = submitted.fence.filter(|of| *of != fence) {
             kept.joined(joined.0);
+        }
+        if submitted.ticket.outcome().is_none() {
+            kept.waits();
         }
         let most = submitted.deadline.map(|most| most.saturating_sub(Duration::from_millis(waited)));
         let pid = caller.pid;

@@ -14,6 +14,7 @@ fn asked(unique: u64, command: Option<&[u8]>) -> Asked {
         since: 5,
         fence: command.map(|_| Uuid::from_u128(unique.into())),
         command: command.map(<[u8]>::to_vec),
+        waits: false,
     }
 }
 
@@ -31,7 +32,9 @@ fn what_was_not_answered_is_there_for_the_next_and_what_was_is_not() {
     drop(kept.remove(1));
     assert_eq!(left(&memory), [all[0].clone(), all[2].clone(), all[3].clone()]);
     kept[0].joined(Uuid::from_u128(99));
-    assert_eq!(left(&memory)[0].fence, Some(Uuid::from_u128(99)));
+    kept[0].waits();
+    let first = &left(&memory)[0];
+    assert_eq!((first.fence, first.waits), (Some(Uuid::from_u128(99)), true));
     // The next daemon uses free places only, and frees those that it answers.
     let (next, found) = again(&memory);
     let next = Arc::new(next);
