@@ -21,8 +21,9 @@ use crate::error::{Errno, Error};
 use crate::kept::Memory;
 use crate::model::{DevNo, DiskRow, Holder, JobRow, Timestamp};
 
-/// How long an open of `holders` waits for the walk of /proc: it is bounded, but not by us.
-const HOLDERS_MOST: Duration = Duration::from_secs(10);
+/// How long an open of `holders` waits for the walk of /proc, which may be slow: every reply but a
+/// command's comes within a second, and waits are looked at every 100 ms. Then it cannot be told.
+const HOLDERS_MOST: Duration = Duration::from_millis(800);
 
 /// What a READ asks for.
 #[derive(Clone, Copy)]

@@ -12,10 +12,13 @@ mod common;
 mod errors;
 
 mod kill;
+mod limits;
 mod model;
 mod oracle;
 mod power;
 mod replay;
+#[path = "../cloud/site.rs"]
+mod site;
 mod trace;
 
 use std::time::Duration;
