@@ -297,15 +297,16 @@ impl Layout {
     /// Reads a volume's metadata and the present length of its data: `None` if the volume is not
     /// there. A directory without sound metadata is an error that names the file, never absence.
     pub fn read(&self, id: VolumeId) -> Result<Option<(Meta, u64)>, CloudError> {
-        match self.read_dir_of(id) {
-            Ok(found) => Ok(Some(found)),
-            Err(damage) => match fs::symlink_metadata(self.volume(id)) {
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                    self.still_ours()?;
-                    Ok(None)
-                }
-                _ => Err(damage),
-            },
+        if let Ok(found) = self.read_dir_of(id) {
+            return Ok(Some(found));
+        }
+        match fs::symlink_metadata(self.volume(id)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                self.still_ours()?;
+                Ok(None)
+            }
+            // It is there; it may have come between the two looks, whole: only a second one tells damage.
+            _ => self.read_dir_of(id).map(Some),
         }
     }
 
