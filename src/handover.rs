@@ -62,7 +62,12 @@ impl Handover {
         };
         let why = match Memory::open(File::from(held.memory)) {
             Ok((memory, mut left)) => match left.connection.take() {
-                Some(connection) if fs::still_mounted(&connection) => {
+                // What cannot be told is no reason to let a live mount go: the keeper tries again.
+                Some(connection)
+                    if fs::still_mounted(&connection).map_err(|e| {
+                        Problem::with("cannot tell whether the mount of the daemon before is there", e)
+                    })? =>
+                {
                     let adopted = Adopted { fuse: File::from(held.fuse), connection, left };
                     return Ok((Some(Arc::new(memory)), Some(adopted)));
                 }

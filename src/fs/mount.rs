@@ -129,8 +129,8 @@ pub struct Adopted {
 }
 
 /// Whether that connection is still the one mounted there.
-pub fn still_mounted(connection: &Connection) -> bool {
-    still_ours(&connection.mountpoint, &connection.device).unwrap_or(false)
+pub fn still_mounted(connection: &Connection) -> io::Result<bool> {
+    still_ours(&connection.mountpoint, &connection.device)
 }
 
 /// Takes that mount away, if it is still the one there.
