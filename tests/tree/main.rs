@@ -11,6 +11,7 @@ mod commands;
 mod common;
 mod concurrency;
 mod crash;
+mod crash_snapshots;
 mod errors;
 mod events;
 mod identity;

@@ -11,9 +11,6 @@ use crate::scripts::QUIET;
 
 const PAGE: &str = include_str!("../../contrib/coming-from-the-http-daemon.md");
 
-/// Whether the loop provider takes snapshots. While it does not, their commands must say so.
-const LOOP_HAS_SNAPSHOTS: bool = false;
-
 /// A line of the page, what is done before it, and what must hold after it, as scripts under `set -eu`.
 /// There is a job with disk-2000 (UUID) attached here as DEV and disk-2001 detached. OUT is what the
 /// line printed. While the file G exists an attach stops before its call, a deletion after it; while
@@ -278,15 +275,6 @@ fn try_lines(heading: &str) {
     for (n, line) in lines.into_iter().enumerate() {
         let mut world = World::new(&volfs, n);
         let (_, before, after) = LINES.iter().find(|(l, ..)| *l == line).unwrap_or_else(|| panic!("untried: {line}"));
-        let of_snapshots = line.contains("snapshot") || line.contains("revert");
-        if of_snapshots && !LOOP_HAS_SNAPSHOTS {
-            if line.starts_with("echo ") {
-                assert_ne!(world.run(line).status, 0, "{line}");
-                assert!(volfs.read(format!("jobs/{}/error", world.job)).unwrap().contains("EOPNOTSUPP"), "{line}");
-            }
-            world.end();
-            continue;
-        }
         let made = world.run(&format!("{WORDS}{before}"));
         assert_eq!(made.status, 0, "before `{line}`: {made:?}\n{}", volfs.log());
         world.env.push(("ID", world.operation()));
