@@ -6,13 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::bring::*;
+pub use crate::common::shipped;
 use crate::common::{SHELLS, Said, Volfs, finish, said_of};
 
 pub const QUIET: &str = "reconcile_interval = 3600\n";
-
-pub fn shipped(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/scripts").join(name)
-}
 
 pub fn command(volfs: &Volfs, shell: &[&str], script: &Path, env: &[(&str, &str)], args: &[&str]) -> Command {
     let mut command = Command::new(shell[0]);

@@ -5,7 +5,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Stdio};
 
 use crate::bring::*;
-use crate::common::{SHELLS, Said, Volfs, finish, have};
+use crate::common::{SHELLS, Said, Volfs, finish, have, killed_copies};
 use crate::scripts::*;
 
 /// In the form of before snapshots on loop devices; the way back of a failover test takes their place.
@@ -72,19 +72,6 @@ fn predecessor_75_every_script_is_short_and_speaks_to_the_tree_alone() {
         let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(shipped(&name)).unwrap().permissions());
         assert_eq!(mode & 0o111, 0o111, "{name} is executable");
     }
-}
-
-/// For each line of a shipped script that does something, a copy that is killed after it.
-fn killed_copies(name: &str) -> Vec<(usize, String)> {
-    let text = fs::read_to_string(shipped(name)).unwrap();
-    let lines: Vec<_> = text.lines().collect();
-    let first = lines.iter().position(|l| *l == "set -eu").unwrap();
-    let copy = |n: usize| {
-        let cut = [&lines[..=n], &["kill -9 $$"], &lines[n + 1..]].concat();
-        (n + 1, cut.join("\n") + "\n")
-    };
-    // An empty line does nothing, and between the lines of one command there is no place.
-    (first..lines.len()).filter(|n| !lines[*n].is_empty()).map(copy).collect()
 }
 
 /// Plays a script's kill after each line, in one shell after the other: `arrange` names what the run
