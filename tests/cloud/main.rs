@@ -9,6 +9,7 @@ mod check;
 #[path = "../tree/common.rs"]
 mod common;
 mod drift;
+mod failover;
 mod faults;
 mod identity;
 mod killed;

@@ -14,6 +14,7 @@ mod crash;
 mod crash_snapshots;
 mod errors;
 mod events;
+mod failover;
 mod identity;
 mod in_use;
 mod jobs;
