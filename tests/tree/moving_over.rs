@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use crate::bring::*;
 use crate::common::{Said, Volfs, finish, said_of};
-use crate::scripts::QUIET;
+use crate::scripts::{QUIET, all};
 
 const PAGE: &str = include_str!("../../contrib/coming-from-the-http-daemon.md");
 
@@ -176,6 +176,9 @@ fn predecessor_78_each_line_of_the_page_is_tried_and_each_trial_is_a_line_of_the
     assert_eq!(on_page, tried);
     assert_eq!(tried.len(), LINES.len(), "each once");
     assert_eq!(PAGE.matches("\n## ").count(), HEADINGS.len(), "a part of the page that is not tried");
+    for script in all() {
+        assert!(PAGE.contains(&format!("`{script}`")), "the page does not name {script}");
+    }
 }
 
 /// One job of the shared mount, and the words that stand for its parts.
