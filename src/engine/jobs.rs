@@ -364,12 +364,12 @@ impl Engine {
         failpoint::reach("destroy.verify").await;
         for (disk, volume) in volumes(self) {
             if volume.base == Status::Missing {
-                if let Err(fail) = self.still_missing(&volume, "destroy").await {
+                if let Err(fail) = self.still_missing(live, &volume, "destroy").await {
                     failed.push((disk, fail.error));
                 }
                 continue;
             }
-            match self.look_ours(&volume, "destroy").await {
+            match self.look_before(live, &volume, "destroy").await {
                 Err(fail) => failed.push((disk, fail.error)),
                 Ok(seen) => {
                     if let Some(error) = has_snapshots(&volume) {

@@ -495,7 +495,7 @@ impl Engine {
         }
         self.step(live, "look at the volume in the cloud")?;
         if volume.base == Status::Missing {
-            self.still_missing(&volume, &what).await?;
+            self.still_missing(live, &volume, &what).await?;
         } else {
             let seen = self.look_before(live, &volume, &what).await?;
             if let Some(at) = seen.attached {
@@ -546,12 +546,10 @@ impl Engine {
 
     /// Goes on with a missing volume only if it is missing at this moment: what was confirmed once may
     /// have come back since, and a record that forgets it leaves it to nobody.
-    pub(super) async fn still_missing(&self, volume: &Volume, what: &str) -> Result<(), Fail> {
-        let looked = self.cloud.find(volume.uuid).await;
-        let seen = looked
-            .map_err(|error| Fail::clean(cloud_fail(what, Some(volume.uuid), None, self.about.name, error).error))?;
+    pub(super) async fn still_missing(&self, live: &Live, volume: &Volume, what: &str) -> Result<(), Fail> {
         let (uuid, status) = (volume.uuid, Status::Missing);
-        if let Some(seen) = seen {
+        let looked = self.patiently(live, what, Some(uuid), || self.cloud.find(uuid)).await;
+        if let Some(seen) = looked.map_err(|fail| Fail::clean(fail.error))? {
             self.held_against(std::slice::from_ref(&seen));
             let way_out = "but the cloud shows it again, so it is not forgotten: `reconcile` it, then repeat this";
             return Err(Fail::clean(Error::WrongStatus { volume: uuid, status, way_out }));
