@@ -302,7 +302,7 @@ fn c12_a_volume_that_will_not_detach_stops_it_and_who_has_it_is_said() {
     yard.volfs.until("its end", || !in_flight(&yard.volfs));
     let error = yard.error();
     assert!(error.contains("disk-2002: ") && error.contains(&format!("pid {}", std::process::id())), "{error}");
-    assert_eq!(yard.volfs.value(format!("jobs/{B}/status")), "idle attached=1 detached=2");
+    assert_eq!(yard.volfs.value(format!("jobs/{B}/status")), "idle detached=2 attached=1");
     assert_eq!(of(&yard.volfs, &uuids[2], "device"), device, "served again");
     assert!(uuids.iter().all(|uuid| stored(&yard.volfs, uuid).exists()), "nothing is deleted");
     before.is_still(&yard.picture(), "stopped");

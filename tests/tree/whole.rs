@@ -11,6 +11,7 @@ use std::path::Path;
 
 use rusqlite::types::Value;
 use rusqlite::{Connection, OpenFlags, params_from_iter};
+use serde_json::Value as Json;
 
 use crate::common::{PATIENCE, Volfs};
 
@@ -166,18 +167,31 @@ pub fn contents(path: &Path) -> String {
     if let Err(error) = file.and_then(|mut file| file.read_to_end(&mut bytes)) {
         return format!("unreadable: {error}");
     }
-    if path.file_name().is_some_and(|name| name == "info.json") {
-        let mut info: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
-        // When it was looked at last, and the number of the snapshot that answered.
-        for moment in ["seen", "version"] {
-            info.as_object_mut().unwrap().remove(moment).unwrap();
+    let text = || String::from_utf8(bytes.clone()).unwrap();
+    match path.file_name().and_then(|name| name.to_str()) {
+        Some("info.json") => {
+            let mut info: Json = serde_json::from_slice(&bytes).unwrap();
+            // When it was looked at last, also first after a start, and the number of the snapshot that answered.
+            for moment in ["seen", "version", "status_since"] {
+                info.as_object_mut().unwrap().remove(moment).unwrap();
+            }
+            // How long things took is measured anew from the record after a start.
+            for row in info["history"].as_array_mut().unwrap() {
+                row.as_object_mut().unwrap().remove("milliseconds").unwrap();
+            }
+            return info.to_string();
         }
-        return info.to_string();
-    }
-    if path.file_name().is_some_and(|name| name == "control") {
+        Some("history") => {
+            let but_seconds = |line: &str| {
+                line.split('\t').enumerate().filter(|(n, _)| *n != 6).map(|(_, w)| w).collect::<Vec<_>>().join(" ")
+            };
+            return text().lines().map(but_seconds).collect::<Vec<_>>().join("\n");
+        }
         // What a move could do now is about the jobs that it would go to.
-        let text = String::from_utf8(bytes).unwrap();
-        return text.lines().filter(|line| !line.starts_with("move:")).collect::<Vec<_>>().join("\n");
+        Some("control") => {
+            return text().lines().filter(|line| !line.starts_with("move:")).collect::<Vec<_>>().join("\n");
+        }
+        _ => {}
     }
     match String::from_utf8(bytes) {
         Ok(text) if text.len() < 65536 => text,
