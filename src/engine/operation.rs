@@ -321,6 +321,10 @@ impl Engine {
         if let Some(row) = volume {
             self.look_at(row).await;
         }
+        if verb == Verb::Destroy {
+            // Its volumes were kept from being looked at, and one of them may be why it stopped.
+            self.round_wanted.notify_one();
+        }
         self.after_snapshots(&live);
         live.ticket.complete(Err(error));
     }

@@ -8,6 +8,7 @@ mod answers;
 mod check;
 #[path = "../tree/common.rs"]
 mod common;
+mod destroy;
 mod drift;
 mod faults;
 mod identity;
@@ -20,3 +21,5 @@ mod side_by_side;
 mod site;
 mod snapshots;
 mod two;
+#[path = "../tree/whole.rs"]
+mod whole;

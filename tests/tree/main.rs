@@ -11,6 +11,7 @@ mod commands;
 mod common;
 mod concurrency;
 mod crash;
+mod destroy;
 mod errors;
 mod events;
 mod identity;
@@ -26,6 +27,7 @@ mod table;
 mod traps;
 mod verbs;
 mod waiting;
+mod whole;
 
 use common::Volfs;
 
