@@ -16,6 +16,7 @@ mod killed;
 mod lane;
 mod main_job;
 mod predecessor;
+mod scripts;
 mod secrets;
 mod side_by_side;
 mod site;

@@ -63,6 +63,24 @@ pub fn have(programs: &[&str]) -> bool {
     false
 }
 
+/// A script that operators get.
+pub fn shipped(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/scripts").join(name)
+}
+
+/// For each line of a shipped script that does something, a copy that is killed after it.
+pub fn killed_copies(name: &str) -> Vec<(usize, String)> {
+    let text = fs::read_to_string(shipped(name)).unwrap();
+    let lines: Vec<_> = text.lines().collect();
+    let first = lines.iter().position(|l| *l == "set -eu").unwrap();
+    let copy = |n: usize| {
+        let cut = [&lines[..=n], &["kill -9 $$"], &lines[n + 1..]].concat();
+        (n + 1, cut.join("\n") + "\n")
+    };
+    // An empty line does nothing, and between the lines of one command there is no place.
+    (first..lines.len()).filter(|n| !lines[*n].is_empty()).map(copy).collect()
+}
+
 /// Longest time anything here is waited for.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
