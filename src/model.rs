@@ -316,11 +316,17 @@ impl fmt::Display for Status {
 pub struct Mark {
     /// The record that owns the volume.
     pub record: RecordId,
-    /// Rises within the record at create, claim and move, so an old owner's mark never matches.
+    /// Rises within the record at create, claim and move, so an old owner's mark never matches. None
+    /// is 0: a record has that for a volume that was imported and not marked yet.
     pub epoch: u64,
 }
 
 impl Mark {
+    /// Whether a volume that carries `found` is this record's to change.
+    pub fn is_on(self, found: Option<Mark>) -> bool {
+        self.epoch > 0 && found == Some(self)
+    }
+
     /// Reads `RECORD/EPOCH`.
     pub fn parse(text: &str) -> Option<Self> {
         let (record, epoch) = text.split_once('/')?;

@@ -46,6 +46,8 @@ pub(super) struct Core {
     pub absent: HashMap<VolumeId, tokio::time::Instant>,
     /// Creates that ended without an answer and without a volume, and when: one may still come to light.
     pub twins: Vec<(Fence, Timestamp)>,
+    /// What is remembered of imported volumes.
+    pub imports: super::imported::Imports,
     /// The first epoch that is given by this daemon.
     pub first_epoch: u64,
     /// Epochs of its operations that ended without success: a volume may carry one all the same.
@@ -136,6 +138,7 @@ impl Core {
             making: HashSet::new(),
             absent: HashMap::new(),
             twins: Vec::new(),
+            imports: super::imported::Imports::default(),
             first_epoch: next.epoch,
             spent: BTreeSet::new(),
             contenders: HashMap::new(),
@@ -539,6 +542,9 @@ impl Core {
         }
         if live.epoch > 0 && outcome != Outcome::Done {
             self.spent.insert(live.epoch);
+        }
+        if let (Target::Volume(_), Action::Claim { volume, .. }) = (live.target, &live.action) {
+            self.imports.ended(*volume, live.epoch, outcome);
         }
         // A part of a destroy gives its volume back to the destroy, which has it reserved.
         let destroying = |parent: &OpId| self.live.get(parent).is_some_and(|l| l.action.verb() == Verb::Destroy);

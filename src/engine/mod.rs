@@ -35,6 +35,7 @@ mod decide;
 mod detach;
 pub mod events;
 mod host;
+mod imported;
 mod jobs;
 mod operation;
 mod ownership;

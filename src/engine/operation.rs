@@ -129,7 +129,7 @@ pub(super) fn may_change(seen: Option<CloudVolume>, ours: Mark) -> Result<CloudV
     if let Some(why) = &seen.carries_host {
         return refused(Refusal::Protected, why.clone());
     }
-    if seen.mark != Some(ours) {
+    if !ours.is_on(seen.mark) {
         return refused(Refusal::Mark(seen.mark), "its mark is another".into());
     }
     match pending(&seen) {
@@ -372,6 +372,7 @@ impl Engine {
             (super::Target::Volume(row), Action::Release { .. }) => self.release(live, row).await,
             (super::Target::Volume(row), Action::Move { job }) => self.move_volume(live, row, job).await,
             (super::Target::Volume(row), Action::Disk { name }) => self.rename(live, row, name).await,
+            (super::Target::Volume(row), Action::Claim { .. }) => self.claim_imported(live, row).await,
             (super::Target::Job(row), Action::Create { .. }) => self.create(live, row).await,
             (super::Target::Job(row), Action::Claim { volume, disk, from }) => {
                 self.claim(live, row, *volume, disk.clone(), *from).await
@@ -518,7 +519,7 @@ impl Engine {
             return Err(Fail::clean(Error::Protected { volume: volume.uuid, why: why.clone() }));
         }
         let expected = self.mark(volume);
-        if seen.mark != Some(expected) {
+        if !expected.is_on(seen.mark) {
             let found = seen.mark.map_or_else(|| "nobody's".into(), |m| m.to_string());
             return Err(Fail::clean(Error::NotOurs { volume: volume.uuid, found, expected: expected.to_string() }));
         }

@@ -212,6 +212,9 @@ impl Core {
                 if op.verb == Verb::Create && matches!(row.outcome, Outcome::Ambiguous | Outcome::Interrupted) {
                     self.twins.push((op.fence, ended));
                 }
+                if let (Verb::Claim, Some(volume)) = (op.verb, op.volume) {
+                    self.imports.tried(volume, op.epoch(), row.outcome);
+                }
                 let job = op.job.filter(|row| self.world.jobs.contains_key(row));
                 // What is gone from a directory is known by the operation that took it away.
                 if let (Verb::DeleteSnapshot, Outcome::Done, Some(volume)) = (row.verb, row.outcome, row.volume)
@@ -288,9 +291,15 @@ fn from_record(
     volume.serial = words.one(&loaded.serial);
     volume.cloud_state = words.one(&loaded.cloud_state);
     volume.device_id = loaded.device_id;
-    volume.owner = crate::model::Mark { record, epoch: loaded.epoch }.to_string().into();
+    let imported = volume.imported();
+    if !imported {
+        volume.owner = crate::model::Mark { record, epoch: loaded.epoch }.to_string().into();
+    }
     volume.vm = loaded.mapping.as_ref().map(|m| m.vm);
-    volume.why = Some(words.one("volfs has just started, and has not looked yet"));
+    volume.why = Some(words.one(match imported {
+        true => "it was imported and not yet seen in the cloud",
+        false => "volfs has just started, and has not looked yet",
+    }));
     volume.times = Times {
         owned: loaded.at,
         status: loaded.status_at,
@@ -301,7 +310,7 @@ fn from_record(
         history: loaded.at,
         snapshots: loaded.at,
     };
-    let mapped = loaded.mapping.as_ref().filter(|m| m.vm == host && loaded.status == Status::Attached);
+    let mapped = loaded.mapping.as_ref().filter(|m| m.vm == host && loaded.status == Status::Attached && !imported);
     if let Some((row, device)) = mapped.and_then(|m| Some((m, m.device.as_ref()?))) {
         let own: Vec<&Disk> = disks.iter().filter(|d| d.identity.names(loaded.volume)).collect();
         if let [disk] = own.as_slice()
