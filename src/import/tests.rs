@@ -1,0 +1,5 @@
+use super::*;
+#[test]
+fn placeholder_builds() {
+    let _ = Choice::default();
+}
