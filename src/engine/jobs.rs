@@ -185,6 +185,16 @@ impl Engine {
         let answer = ticket.clone();
         let Some(engine) = self.me.upgrade() else { return Ticket::done(Err(Error::ShuttingDown)) };
         let clock = std::time::Instant::now();
+        let target = if small.verb == Verb::Mkdir { Target::Root } else { Target::Job(small.job) };
+        if let Some(silence) = self.stuck.silence() {
+            let words = format!(
+                "it has not answered for {} s, and is asked for nothing more until it does: see `health`",
+                silence.as_secs()
+            );
+            let error = Error::NotJournaled { what: format!("`{}`", small.command), words };
+            self.publish(small.give_up);
+            return self.refuse_small(target, small.verb, &caller, error);
+        }
         self.runtime.spawn(async move {
             let Small { verb, command, job, id, mut change, undo, apply, give_up } = small;
             let at = (engine.clock)();
@@ -214,16 +224,20 @@ impl Engine {
                 outcome = &mut commit => Some(outcome),
                 () = tokio::time::sleep(COMMIT_WAIT) => None,
             };
-            let target = if verb == Verb::Mkdir { Target::Root } else { Target::Job(job) };
             let fail = |words: String| Error::NotJournaled { what: format!("`{command}`"), words };
             let outcome = match outcome {
                 Some(outcome) => outcome,
                 None => {
-                    let error = fail("no answer within a second".into());
+                    let error = fail("it has not answered for a second".into());
+                    let unanswered = engine.stuck.unanswered(clock);
+                    engine.store_health(Some(&error));
                     engine.note_failure(target, verb.as_str(), &caller, &error);
                     answer.complete(Err(error));
+                    let late = commit.await;
+                    drop(unanswered);
+                    engine.store_health(late.as_ref().err().map(|error| fail(error.to_string())).as_ref());
                     // What is shown follows the record, also where that cannot be taken back.
-                    let stays = match commit.await {
+                    let stays = match late {
                         Ok(()) => engine.store.commit(undo).await.err(),
                         Err(_) => None,
                     };

@@ -150,7 +150,7 @@ impl Engine {
     pub(super) async fn drive(self: Arc<Self>, live: Live) {
         let begin = self.op_row(&live);
         let what = begin.command.clone();
-        if let Err(error) = self.store.commit(vec![Change::OpBegin(Box::new(begin))]).await {
+        if let Err(error) = self.journal(begin).await {
             let error = not_journaled(format!("`{what}`"), error);
             self.store_health(Some(&error));
             self.publish(|core, at| {
@@ -258,21 +258,6 @@ impl Engine {
         }
     }
 
-    /// Writes an end that the record did not take: else the next start would settle what is long past.
-    pub(super) async fn end_later(self: Arc<Self>, end: Change) {
-        loop {
-            tokio::time::sleep(LOOK_AGAIN).await;
-            match self.store.commit(vec![end.clone()]).await {
-                Ok(()) => return self.store_health(None),
-                Err(StoreError::Constraint { words }) => {
-                    tracing::error!("the record refuses the end of an operation for good: {words}");
-                    return;
-                }
-                Err(error) => tracing::warn!("the record still fails: {error}"),
-            }
-        }
-    }
-
     pub(super) async fn failed(self: &Arc<Self>, live: Live, fail: Fail) {
         let Fail { error, ambiguous } = fail;
         let verb = live.action.verb();
@@ -298,7 +283,7 @@ impl Engine {
         let mut recorded = true;
         if let Err(store) = self.store.commit(changes).await {
             recorded = false;
-            self.runtime.spawn(self.clone().end_later(end));
+            self.owe(end).await;
             self.store_health(Some(&Error::NotRecorded {
                 what: format!("the end of `{verb}`"),
                 words: store.to_string(),
@@ -318,7 +303,7 @@ impl Engine {
             core.end(&live, outcome, &sentence, at);
             core.note_error(live.target, verb.as_str(), &live.caller, &error, at);
         });
-        if let Some(row) = volume {
+        for row in volume.into_iter().chain(self.left_in_doubt(&live)) {
             self.look_at(row).await;
         }
         if verb == Verb::Destroy {
@@ -327,6 +312,14 @@ impl Engine {
         }
         self.after_snapshots(&live);
         live.ticket.complete(Err(error));
+    }
+
+    /// Volumes that a destroy's parts have left unknown: while it had them, nobody else could look.
+    fn left_in_doubt(&self, live: &Live) -> Vec<DiskRow> {
+        let (super::Target::Job(job), Verb::Destroy) = (live.target, live.action.verb()) else { return Vec::new() };
+        let world = self.world();
+        let doubted = |row: &&DiskRow| world.volumes.get(*row).is_some_and(|v| v.base == Status::Unknown);
+        world.jobs.get(&job).map_or(Vec::new(), |job| job.disks.values().filter(doubted).copied().collect())
     }
 
     /// The journal's row of an operation.

@@ -120,12 +120,13 @@ impl Engine {
     }
 
     /// An unfinished operation whose object is gone, or whose command is not understood, ends here.
-    pub(super) async fn close_stray(&self, row: &OpRow) {
+    pub(super) async fn close_stray(self: &Arc<Self>, row: &OpRow) {
         let at = (self.clock)();
         let sentence = "a crash came, and what it was about is not here any more".to_owned();
         let end = Change::OpEnd { id: row.id, outcome: Outcome::Interrupted, sentence, at };
-        if let Err(error) = self.store.commit(vec![end]).await {
-            tracing::error!(operation = %row.id, "its end could not be recorded: {error}");
+        if let Err(error) = self.store.commit(vec![end.clone()]).await {
+            tracing::warn!(operation = %row.id, "its end could not be recorded yet: {error}");
+            self.owe(end).await;
         }
     }
 
@@ -211,7 +212,7 @@ impl Engine {
         let end = Change::OpEnd { id: live.id, outcome: Outcome::Interrupted, sentence: sentence.clone(), at };
         if let Err(error) = self.store.commit(vec![end.clone()]).await {
             let words = error.to_string();
-            self.runtime.spawn(self.clone().end_later(end));
+            self.owe(end).await;
             self.store_health(Some(&Error::NotRecorded { what: "the end of an interrupted operation".into(), words }));
         }
         self.publish(|core, at| core.end(&live, Outcome::Interrupted, &sentence, at));

@@ -51,6 +51,9 @@ impl Engine {
             core.world.health.devices = Component::Down(error.to_string().into());
         }
         core.fill(&loaded, &disks.unwrap_or_default(), &*devices, about.host, at);
+        if core.continued {
+            core.tell_missed(&options.events.kept(), &loaded);
+        }
         let unfinished: Vec<OpRow> = loaded.unfinished.clone();
         let world = Arc::new(core.world.clone());
         let asked = Mutex::new(Asked::ended(&options.asked, &loaded));
@@ -80,7 +83,11 @@ impl Engine {
             rounds: tokio::sync::Mutex::new(()),
             rounds_ended: tokio::sync::watch::Sender::new(0),
             asked,
+            owed: tokio::sync::Mutex::default(),
+            stuck: super::stuck::Stuck::default(),
         });
+        // What was missed comes before what is new.
+        engine.publish(|_, _| ());
         if engine.truth.refusing().is_none() {
             for row in unfinished {
                 match engine.take_over(&row) {
