@@ -62,6 +62,7 @@ impl Daemon {
         held: Option<Held>,
     ) -> Result<(Arc<Engine>, Serving, tokio::runtime::Runtime), Problem> {
         one_heap();
+        failpoint::begin();
         failpoint::hit("daemon.start");
         let (memory, adopted) = handover.open(held)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
