@@ -309,12 +309,23 @@ except OSError as e: sys.exit(e.errno)"#;
         text.strip_suffix('\n').unwrap_or_else(|| panic!("{}: no newline in {text:?}", below.display())).to_owned()
     }
 
+    /// A job, if it is not there. On a busy machine a commit may not be told within the second that a
+    /// mkdir waits for it: EIO, nothing happened, and it is made again.
+    #[track_caller]
+    fn make_job(&self, job: &str) {
+        let path = self.path(format!("jobs/{job}"));
+        self.until("job", || match fs::create_dir(&path) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => true,
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => false,
+            Err(error) => panic!("{}: {error}\n{}", path.display(), self.log()),
+        });
+    }
+
     /// A job with detached disks of `size`; answers their uuids in order.
     #[track_caller]
     pub fn job(&self, job: &str, disks: &[&str], size: &str) -> Vec<String> {
-        if !self.path(format!("jobs/{job}")).exists() {
-            fs::create_dir(self.path(format!("jobs/{job}"))).unwrap();
-        }
+        self.make_job(job);
         let make = |disk: &&str| {
             assert_eq!(
                 self.write(format!("jobs/{job}/control"), &format!("create {disk} {size}")),
