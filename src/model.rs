@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 mod disk;
+mod graph;
 
 pub use disk::{DevNo, Disk, DiskIdentity, Holder, HolderKind, Incarnation};
+pub use graph::edge_is_documented;
 
 /// Why a text is not a name, an id or a size: the text and the rule it breaks.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -13,6 +13,7 @@ use super::{Engine, Events, Target};
 use crate::command::{self, Action};
 use crate::devices::Pin;
 use crate::error::Error;
+use crate::failpoint;
 use crate::model::{
     Caller, DiskName, DiskRow, Fence, JobId, JobRow, MapRow, OpId, Outcome, SnapRow, Status, Timestamp, Verb, VolumeId,
     VolumeRow,
@@ -243,6 +244,7 @@ impl Core {
             }
             let (was, is) = (old.status(), volume.status());
             if was != is {
+                failpoint::edge(&volume.uuid, &was, &is);
                 volume.times.status = at;
                 self.with_job(volume.job, at, |job| job.status_at = job.status_at.max(at));
             }

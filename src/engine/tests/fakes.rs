@@ -621,7 +621,7 @@ fn along_the_graph(shown: &mut BTreeMap<DiskRow, Status>, world: &World) {
     for volume in world.volumes.values() {
         let status = volume.status();
         if let Some(was) = shown.insert(volume.row, status).filter(|was| *was != status) {
-            assert!(super::world::edge_is_documented(was, status), "l9: from {was} to {status}");
+            assert!(crate::model::edge_is_documented(was, status), "l9: from {was} to {status}");
         }
     }
 }

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::plan::{Step, plan, shrink};
 use super::play::{Played, play};
-use super::{edge_is_documented, regressions};
+use super::regressions;
+use crate::model::edge_is_documented;
 use crate::model::{Outcome, Status, Verb};
 
 fn number(name: &str, otherwise: u64) -> u64 {
