@@ -14,6 +14,7 @@ mod crash;
 mod errors;
 mod events;
 mod identity;
+mod imported;
 mod in_use;
 mod jobs;
 mod mounting;
