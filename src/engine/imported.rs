@@ -72,6 +72,10 @@ impl Imports {
             return;
         }
         self.tried(volume, epoch, outcome);
+        // A crash is no answer of the cloud.
+        if outcome == Outcome::Interrupted {
+            return;
+        }
         if let Some(tries) = self.tries.get_mut(&volume) {
             let pause = AGAIN_FIRST * 2u32.saturating_pow(tries.failed.min(16));
             tries.not_before = Some(Instant::now() + pause.min(AGAIN_LONGEST));

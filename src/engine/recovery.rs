@@ -182,12 +182,14 @@ impl Engine {
         }
         // The start's own round left them to their operation, and not every one of them ends with a
         // status that was looked at. By uuid: a move gives another row.
-        for volume in volumes {
-            let row = self.world().by_uuid.get(&volume).copied();
+        for volume in &volumes {
+            let row = self.world().by_uuid.get(volume).copied();
             if let Some(row) = row {
                 self.look_at(row).await;
             }
         }
+        // Volfs's own command has no caller who gives it again.
+        self.mark_imported(|v| volumes.contains(&v.uuid), true);
     }
 
     /// The volumes that an operation on this object keeps from being reconciled.

@@ -16,6 +16,7 @@ mod destroy;
 mod errors;
 mod events;
 mod identity;
+mod imported;
 mod in_use;
 mod jobs;
 mod mounting;

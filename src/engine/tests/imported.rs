@@ -144,8 +144,29 @@ async fn an_imported_volume_that_carries_this_host_is_never_marked() {
             lab.run(&engine, on(row), action).await.unwrap_err();
         }
         assert_eq!((lab.count("begin claim"), lab.cloud_of(v).unwrap().mark), (0, None));
-        // Also where it comes to carry the host between the look and the mark.
         lab.run(&engine, on(row), Action::Release { volume: v }).await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_imported_volume_that_comes_to_carry_this_host_after_the_look_is_not_marked_either() {
+    for by_cloud in [true, false] {
+        let lab = Lab::new();
+        let v = lab.foreign(GIB, None);
+        let row = lab.import(v, "d");
+        lab.put(v, Some(lab.host));
+        let name = lab.plug(v, GIB);
+        lab.script(At::Begin, Act::HoldBefore);
+        let engine = lab.begin();
+        lab.until_logged("held begin claim", 1).await;
+        if by_cloud {
+            lab.state().sky.volumes.get_mut(&v).unwrap().carries_host = Some("it is the root disk".into());
+        } else {
+            lab.state().kernel.carries.insert(name.to_string(), "it is mounted on /".into());
+        }
+        lab.release(At::Begin);
+        lab.until_status(&engine, row, Status::Conflict).await;
+        assert_eq!((lab.count("end claim failed"), lab.count("cloud mark")), (1, 0));
     }
 }
 

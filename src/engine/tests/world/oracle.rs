@@ -103,6 +103,16 @@ impl Sim {
         if begun.life != life && (taking_begins(what) || (matches!(what, Do::Create { .. }) && !created)) {
             wrong("r10: recovery starts it".into());
         }
+        if let Do::Mark { expect: Some(theirs), .. } = what
+            && theirs.record != self.0.record
+        {
+            wrong("s8: it takes another record's mark off".into());
+        }
+        if let Do::Mark { new: Some(mark), .. } = what
+            && mark.epoch == 0
+        {
+            wrong("s8: 0 is no epoch of a mark".into());
+        }
         if !taking_begins(what) {
             return;
         }
@@ -114,7 +124,7 @@ impl Sim {
         }
         let Some(seen) = look.seen else { return wrong("s8: the look before it showed no volume".into()) };
         let mark = self.our_mark(volume);
-        if mark.is_none() || seen.mark != mark {
+        if mark.is_none_or(|m| m.epoch == 0) || seen.mark != mark {
             wrong(format!("s8: the look before it showed the mark {:?}, the record's is {mark:?}", seen.mark));
         }
         if let Some(job) = &seen.pending {
@@ -177,7 +187,7 @@ impl Sim {
             (row, begun, effects, pending)
         };
         let wrong = |words: String| self.violation(format!("`{}` ends {}, but {words}", row.command, outcome.as_str()));
-        let place = if row.volume.is_some() { Place::Volume } else { Place::Job };
+        let place = if row.volume.is_some() && row.verb != Verb::Claim { Place::Volume } else { Place::Job };
         let Ok(action) = command::parse(row.command.as_bytes(), place).map(|c| c.action) else { return };
         match outcome {
             Outcome::Ambiguous | Outcome::Abandoned => {}
@@ -215,6 +225,11 @@ impl Sim {
                     Action::Attach { .. } if at != vm => wrong(format!("the books say {at:?}")),
                     Action::Detach { .. } if at == vm => wrong("it is attached there".into()),
                     Action::Delete { .. } if v.is_some() => wrong("it is there".into()),
+                    Action::Claim { .. }
+                        if v.as_ref().is_none_or(|v| v.mark.is_none_or(|m| m.epoch != row.epoch())) =>
+                    {
+                        wrong("it does not carry its mark".into())
+                    }
                     Action::Create { .. } if v.is_none() => wrong("it is not there".into()),
                     Action::Resize { size } if v.is_none_or(|v| v.size < *size) => wrong("it is smaller".into()),
                     _ => {}

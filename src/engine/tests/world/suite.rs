@@ -122,7 +122,7 @@ fn simulated_schedules_keep_every_promise_and_come_to_rest_with_the_truth() {
         return;
     }
     // The schedules are worth something only as long as they reach all this.
-    for verb in [Verb::Attach, Verb::Detach, Verb::Create, Verb::Delete, Verb::Move] {
+    for verb in [Verb::Attach, Verb::Detach, Verb::Create, Verb::Delete, Verb::Move, Verb::Claim] {
         for outcome in [Outcome::Done, Outcome::Failed, Outcome::Ambiguous, Outcome::Interrupted, Outcome::Abandoned] {
             let reached = sums.ends.get(&(verb, outcome)).copied().unwrap_or(0);
             assert!(reached >= count / 50_000, "{verb} {}: {reached} of {:?}", outcome.as_str(), sums.ends);
