@@ -678,12 +678,13 @@ impl Engine {
             core.world.at = at;
             let events = std::mem::take(&mut core.events);
             let pushed = !events.is_empty();
+            let world = Arc::new(core.world.clone());
+            // Before its events: who has read one finds the tree no older.
+            self.world.store(world.clone());
             // Pushed under the lock, so that their order is that of the changes.
             for (job, fields) in events {
                 push_event(&self.events, job, at, fields);
             }
-            let world = Arc::new(core.world.clone());
-            self.world.store(world.clone());
             (result, world, pushed, std::mem::take(&mut core.released))
         };
         for pin in released {

@@ -10,6 +10,7 @@ mod check;
 mod common;
 mod destroy;
 mod drift;
+mod failover;
 mod faults;
 mod identity;
 mod killed;

@@ -1,10 +1,8 @@
 //! Snapshots over the cloud: of one volume, of a job as one set, and those that somebody else took.
 
-use std::os::unix::fs::FileExt;
+use fakecloud::{Fault, Kind, Moment};
 
-use fakecloud::{Fault, Kind, Moment, NewVm, Options};
-
-use crate::common::{self, PATIENCE};
+use crate::common;
 use crate::site::Site;
 
 const ENOENT: i32 = 2;
@@ -153,37 +151,6 @@ fn a_snapshot_whose_answer_was_lost_is_found_again_and_never_taken_twice() {
         assert_eq!(site.disk("j", "d", "snapshot s"), 0, "{fault:?}\n{}", site.volfs.log());
         assert_eq!((live(&site), site.cloud.calls("createSnapshot")), (1, 1), "{fault:?}");
     }
-}
-
-#[test]
-fn predecessor_98_the_failover_scripts_bring_every_volume_home_with_its_bytes() {
-    let mut options = Options::with_loops();
-    let vm = NewVm { root_disk: false, ..NewVm::stopped("test-vm") };
-    options.vms.push(vm.clone());
-    let site = Site::with(options, &[]);
-    let ids = written(&site, "j", &["os", "data"]);
-    assert_eq!(job(&site, "attach"), 0);
-    let scripts = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/scripts");
-    let run = |script: &str| {
-        let said = site.volfs.sh(&format!("JOB=j TEST_VM={} OS_DISK=os sh {scripts}/{script}", vm.id));
-        assert_eq!((said.status, said.out.as_str()), (0, ""), "{said:?}\n{}", site.volfs.log());
-    };
-    run("failover-test.sh");
-    assert_eq!(site.cloud.on_vm(&vm.id).len(), 2);
-    // The test VM runs, and writes.
-    site.cloud.set_vm_state(&vm.id, "Running").unwrap();
-    for id in &ids {
-        std::fs::OpenOptions::new()
-            .write(true)
-            .open(site.cloud.file(id))
-            .and_then(|file| file.write_all_at(b"by the test VM", 0))
-            .unwrap();
-    }
-    site.cloud.set_vm_state(&vm.id, "Stopped").unwrap();
-    run("failover-rollback.sh");
-    assert!(site.cloud.wait_for(PATIENCE, |cloud| cloud.on_vm(&vm.id).is_empty()));
-    assert_eq!(ids.iter().map(|id| bytes(&site, id)).collect::<Vec<_>>(), ["os", "data"]);
-    assert_eq!((site.value("j", "os", "status"), live(&site)), ("attached".into(), 0));
 }
 
 /// Killed at each step; the next start settles it, and the repeated command tells the truth.

@@ -15,6 +15,7 @@ mod crash_snapshots;
 mod destroy;
 mod errors;
 mod events;
+mod failover;
 mod identity;
 mod imported;
 mod in_use;

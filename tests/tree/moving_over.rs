@@ -125,8 +125,7 @@ const AWAY: &str = "echo detach > $V/control";
 const ON_VM: &str = "echo detach > $V/control; echo \"attach vm=$VM\" > $V/control";
 const ON_VM_AND_SEEN: &str =
     "echo detach > $V/control; echo \"attach vm=$VM\" > $V/control; echo \"reconcile vm=$VM\" > $R/control";
-const RELEASED: &str =
-    "echo detach > $V/control; echo \"attach vm=$VM\" > $V/control; echo \"release $UUID\" > $V/control";
+const RELEASED: &str = "echo detach > $V/control; echo \"attach vm=$VM\" > $V/control; echo \"release $UUID\" > $V/control; echo \"reconcile vm=$VM\" > $R/control";
 const DELETED: &str = "echo detach > $V/control; echo \"delete $UUID\" > $V/control";
 /// Attached to another VM behind volfs's back.
 const GONE: &str = "echo detach > $V/control

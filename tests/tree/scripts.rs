@@ -2,7 +2,7 @@
 //! predecessor's scripts did wrong.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::bring::*;
@@ -26,23 +26,6 @@ pub fn run(volfs: &Volfs, shell: &[&str], name: &str, env: &[(&str, &str)], args
 #[track_caller]
 pub fn ok(volfs: &Volfs, shell: &[&str], name: &str, env: &[(&str, &str)], args: &[&str]) -> Said {
     let said = run(volfs, shell, name, env, args);
-    assert_eq!(said.status, 0, "{name} in {shell:?}: {said:?}\n{}", volfs.log());
-    said
-}
-
-/// The shipped file without the lines that speak of snapshots: the loop provider has none.
-fn without_snapshots(volfs: &Volfs, name: &str) -> PathBuf {
-    let text = fs::read_to_string(shipped(name)).unwrap();
-    let kept = |l: &&str| !["\"snapshot ", "\"revert ", "\"delete-snapshot "].iter().any(|s| l.contains(s));
-    let path = volfs.scratch(name);
-    fs::write(&path, text.lines().filter(kept).map(|l| format!("{l}\n")).collect::<String>()).unwrap();
-    path
-}
-
-#[track_caller]
-fn ok_without_snapshots(volfs: &Volfs, shell: &[&str], name: &str, env: &[(&str, &str)]) -> Said {
-    let path = without_snapshots(volfs, name);
-    let said = finish(command(volfs, shell, &path, env, &[]).spawn().unwrap());
     assert_eq!(said.status, 0, "{name} in {shell:?}: {said:?}\n{}", volfs.log());
     said
 }
@@ -357,166 +340,4 @@ pub fn test_vm(volfs: &Volfs) -> String {
     let vm = volfs::model::VmId::random().to_string();
     assert_eq!(volfs.write("control", &format!("reconcile vm={vm}")), 0);
     vm
-}
-
-#[test]
-fn predecessor_98_a_failover_test_that_fails_is_rolled_back_by_its_trap() {
-    for shell in SHELLS {
-        let volfs = Volfs::start_with(&[], QUIET);
-        let uuids = volfs.job("a", &["disk-2000", "disk-2001"], "1M");
-        volfs.ok("echo attach > $R/jobs/a/control");
-        let vm = test_vm(&volfs);
-        let env = [("JOB", "a"), ("TEST_VM", vm.as_str()), ("OS_DISK", "disk-2000")];
-        // A data disk that fails after the root disk was handed over: all come back.
-        let script = without_snapshots(&volfs, "failover-test.sh");
-        let mark = meta(&volfs, &uuids[1])["mark"].clone();
-        volfs.ok("echo detach > $R/jobs/a/control");
-        let sabotage = fs::read_to_string(&script).unwrap().replace("for d in", "mv_mark\nfor d in");
-        let store = stored(&volfs, &uuids[1]);
-        let helper = format!(
-            "mv_mark() {{ sed -i 's|{}|{FOREIGN}|' {}/meta.json; }}\n",
-            mark.as_str().unwrap(),
-            store.display()
-        );
-        let bad = volfs.scratch("bad.sh");
-        fs::write(&bad, helper + &sabotage).unwrap();
-        let said = finish(command(&volfs, shell, &bad, &env, &[]).spawn().unwrap());
-        assert_ne!(said.status, 0, "{said:?}");
-        assert_eq!(of(&volfs, &uuids[0], "vm"), "", "the root disk is not left on the test VM: {said:?}");
-        edit_meta(&volfs, &uuids[1], |m| m["mark"] = mark);
-        volfs.ok("for d in $R/jobs/a/disks/*; do echo reconcile > $d/control; done");
-
-        // And the run after that succeeds, twice.
-        for _ in 0..2 {
-            ok_without_snapshots(&volfs, shell, "failover-test.sh", &env);
-            assert_eq!(volfs.value("jobs/a/status"), "idle remote=2");
-            assert_eq!(of(&volfs, &uuids[0], "device_id"), "0");
-        }
-        for _ in 0..2 {
-            let said = ok_without_snapshots(&volfs, shell, "failover-rollback.sh", &env);
-            assert_eq!(said.out, "", "nothing is left on the test VM");
-            assert_eq!(volfs.value("jobs/a/status"), "idle attached=2");
-        }
-    }
-}
-
-#[test]
-fn predecessor_98_a_term_in_the_middle_rolls_back_too() {
-    // dash runs no EXIT trap when a signal ends it: the third line of every script is for that.
-    for shell in SHELLS {
-        let gate = Gate::new();
-        let volfs = Volfs::start_with(&[("VOLFS_FAILPOINTS", &gate.wait("attach.before-call"))], QUIET);
-        let uuids = volfs.job("a", &["disk-2000", "disk-2001"], "1M");
-        volfs.ok("echo attach > $R/jobs/a/control");
-        let vm = test_vm(&volfs);
-        let env = [("JOB", "a"), ("TEST_VM", vm.as_str()), ("OS_DISK", "disk-2000")];
-        let script = without_snapshots(&volfs, "failover-test.sh");
-        let held = gate.close();
-        let child = command(&volfs, shell, &script, &env, &[]).spawn().unwrap();
-        volfs.until("the hand-over", || of(&volfs, &uuids[0], "status") == "attaching");
-        running(&volfs, "attach vm=");
-        // SAFETY: kill(2) takes no pointers; the pid is our own child, not yet waited for.
-        unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
-        // EINTR stands there only until the refusal of the trap's detach, which follows at once.
-        let said = || volfs.value(format!("volumes/{}/error", uuids[0]));
-        volfs.until("the interruption", || said().contains("EINTR") || said().contains("EBUSY"));
-        held.release();
-        assert_ne!(finish(child).status, 0);
-        // The trap's detach may meet the attach that goes on: then it says so, and a rerun takes it back.
-        volfs.until("the end", || !volfs.value("jobs/a/status").starts_with("busy"));
-        ok_without_snapshots(&volfs, shell, "failover-rollback.sh", &env);
-        assert_eq!(volfs.value("jobs/a/status"), "idle attached=2", "{}", volfs.log());
-    }
-}
-
-/// Runs a script whose shell is killed with SIGKILL after its `n`th line that writes to a control.
-fn killed_after(volfs: &Volfs, shell: &[&str], script: &Path, env: &[(&str, &str)], n: usize) -> bool {
-    let mut seen = 0;
-    let mut cut = String::new();
-    for line in fs::read_to_string(script).unwrap().lines() {
-        cut.push_str(line);
-        cut.push('\n');
-        let command = line.trim_start();
-        if command.starts_with("echo ") && command.contains("control\"") {
-            seen += 1;
-            if seen == n {
-                cut.push_str("kill -9 $$\n");
-                break;
-            }
-        }
-    }
-    if seen < n {
-        return false;
-    }
-    let path = volfs.scratch("cut.sh");
-    // A loop that was cut open is no script: it is closed again.
-    let opened = cut.lines().filter(|l| l.starts_with("for ")).count();
-    let closed = cut.lines().filter(|l| l.trim() == "done").count();
-    cut.push_str(&"done\n".repeat(opened - closed));
-    fs::write(&path, cut).unwrap();
-    let said = finish(command(volfs, shell, &path, env, &[]).spawn().unwrap());
-    assert_eq!(said.status, -9, "{said:?}");
-    true
-}
-
-#[test]
-fn predecessor_59_the_rollback_killed_at_each_line_and_rerun_ends_right() {
-    let volfs = Volfs::start_with(&[], QUIET);
-    volfs.job("a", &["disk-2000", "disk-2001"], "1M");
-    let vm = test_vm(&volfs);
-    let env = [("JOB", "a"), ("TEST_VM", vm.as_str()), ("OS_DISK", "disk-2000")];
-    let rollback = without_snapshots(&volfs, "failover-rollback.sh");
-    let mut n = 1;
-    loop {
-        ok_without_snapshots(&volfs, &["dash"], "failover-test.sh", &env);
-        assert_eq!(volfs.value("jobs/a/status"), "idle remote=2");
-        if !killed_after(&volfs, &["dash"], &rollback, &env, n) {
-            break;
-        }
-        ok_without_snapshots(&volfs, &["dash"], "failover-rollback.sh", &env);
-        assert_eq!(volfs.value("jobs/a/status"), "idle attached=2");
-        assert_eq!(volfs.ok(&format!("ls $R/vms/{vm}")), "");
-        n += 1;
-    }
-    assert!(n > 3, "{n}");
-}
-
-#[test]
-fn predecessor_98_the_failover_test_killed_at_each_line_and_rerun_ends_right() {
-    let volfs = Volfs::start_with(&[], QUIET);
-    let uuids = volfs.job("a", &["disk-2000", "disk-2001"], "1M");
-    let vm = test_vm(&volfs);
-    let env = [("JOB", "a"), ("TEST_VM", vm.as_str()), ("OS_DISK", "disk-2000")];
-    let script = without_snapshots(&volfs, "failover-test.sh");
-    let mut n = 1;
-    loop {
-        volfs.ok("echo attach > $R/jobs/a/control");
-        if !killed_after(&volfs, &["dash"], &script, &env, n) {
-            break;
-        }
-        ok_without_snapshots(&volfs, &["dash"], "failover-test.sh", &env);
-        assert_eq!(volfs.value("jobs/a/status"), "idle remote=2");
-        assert_eq!(of(&volfs, &uuids[0], "device_id"), "0");
-        ok_without_snapshots(&volfs, &["dash"], "failover-rollback.sh", &env);
-        n += 1;
-    }
-    assert!(n > 2, "{n}");
-}
-
-#[test]
-fn r9_the_rollback_says_what_is_left_on_the_test_vm_and_fails_when_it_cannot_tell() {
-    let volfs = Volfs::start_with(&[], QUIET);
-    volfs.job("a", &["disk-2000"], "1M");
-    let vm = test_vm(&volfs);
-    let env = [("JOB", "a"), ("TEST_VM", vm.as_str()), ("OS_DISK", "disk-2000")];
-    ok_without_snapshots(&volfs, &["dash"], "failover-test.sh", &env);
-    let own = foreign_volume(&volfs, None);
-    edit_meta(&volfs, &own, |m| m["attached"] = serde_json::json!({"vm": vm, "device_id": 9}));
-    let said = ok_without_snapshots(&volfs, &["dash"], "failover-rollback.sh", &env);
-    assert_eq!(said.out, format!("still on {vm}: {own}\n"));
-    // A volume that cannot be read may be there: silence here would cost it.
-    fs::write(stored(&volfs, &own).join("meta.json"), "{").unwrap();
-    let path = without_snapshots(&volfs, "failover-rollback.sh");
-    let said = finish(command(&volfs, &["dash"], &path, &env, &[]).spawn().unwrap());
-    assert_ne!(said.status, 0, "{said:?}");
 }
