@@ -8,6 +8,7 @@ mod answers;
 mod check;
 #[path = "../tree/common.rs"]
 mod common;
+mod destroy;
 mod drift;
 mod faults;
 mod identity;
@@ -15,8 +16,11 @@ mod killed;
 mod lane;
 mod main_job;
 mod predecessor;
+mod scripts;
 mod secrets;
 mod side_by_side;
 mod site;
 mod snapshots;
 mod two;
+#[path = "../tree/whole.rs"]
+mod whole;

@@ -47,12 +47,15 @@ fn predecessor_61_cleaning_pgtest2_leaves_the_volume_of_pgwintestbios_alone() {
              UPDATE volume_operations SET volume_id = '{now}' WHERE volume_id = '{then}';"
         ));
     }
-    let [own, victim] = [&ids[0], &ids[1]];
+    // A disk of pgtest2 that nothing contradicts: its destroy has something to do.
+    old.sql("INSERT INTO vm_disks (job_id, disk_id, ossea_volume_id) VALUES ('job-pgtest2', 'disk-2001', 5)");
+    let [own, victim, _, clean] = [&ids[0], &ids[1], &ids[2], &ids[3]];
 
     let mut volfs = Volfs::prepare(&[], &config);
     let dump = old.dumped();
     let said = ok(&volfs, &[dump.to_str().unwrap()]);
     let line = format!("echo \"claim {victim} disk-2000\" > jobs/job-pgwin/control");
+    assert!(said.contains(&format!("job-pgtest2/disk-2001: volume {clean}")), "{said}");
     assert!(said.contains(&line), "{said}");
     let before: Vec<_> = [own, victim].map(|id| stored(&store, id)).into();
     volfs.launch();
@@ -84,6 +87,7 @@ fn predecessor_61_cleaning_pgtest2_leaves_the_volume_of_pgwintestbios_alone() {
     assert_eq!(facts(), untouched, "errno {errno}\n{}", volfs.log());
     assert_eq!(errno, 0, "{}", volfs.log());
     assert!(!volfs.path("jobs/job-pgtest2").exists());
+    assert!(!store.join("volumes").join(clean).exists(), "its own volume went");
     volfs.write("control", "reconcile");
     assert_eq!(facts(), untouched);
     assert!(volfs.path(format!("unclaimed/{own}")).exists());

@@ -13,6 +13,8 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
+use volfs::model::{Status, edge_is_documented};
+
 /// The three shells of the contract.
 pub const SHELLS: Shells = Shells;
 
@@ -61,6 +63,24 @@ pub fn have(programs: &[&str]) -> bool {
         format!("skipped: {}: this machine lacks {missing:?} (.ci/run installs it)\n", test.name().unwrap_or("a test"));
     let _ = io::stderr().write_all(line.as_bytes());
     false
+}
+
+/// A script that operators get.
+pub fn shipped(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/scripts").join(name)
+}
+
+/// For each line of a shipped script that does something, a copy that is killed after it.
+pub fn killed_copies(name: &str) -> Vec<(usize, String)> {
+    let text = fs::read_to_string(shipped(name)).unwrap();
+    let lines: Vec<_> = text.lines().collect();
+    let first = lines.iter().position(|l| *l == "set -eu").unwrap();
+    let copy = |n: usize| {
+        let cut = [&lines[..=n], &["kill -9 $$"], &lines[n + 1..]].concat();
+        (n + 1, cut.join("\n") + "\n")
+    };
+    // An empty line does nothing, and between the lines of one command there is no place.
+    (first..lines.len()).filter(|n| !lines[*n].is_empty()).map(copy).collect()
 }
 
 /// Longest time anything here is waited for.
@@ -141,6 +161,7 @@ impl Volfs {
             .arg("mount")
             .arg(self.root())
             .args((!self.keeper).then_some("--no-keeper"))
+            .env("VOLFS_STATUS_EDGES", self.edges_file())
             .envs(self.env.iter().map(|(k, v)| (k.as_str(), v.as_str())))
             .stdin(Stdio::null());
         command
@@ -306,12 +327,23 @@ except OSError as e: sys.exit(e.errno)"#;
         text.strip_suffix('\n').unwrap_or_else(|| panic!("{}: no newline in {text:?}", below.display())).to_owned()
     }
 
+    /// A job, if it is not there. On a busy machine a commit may not be told within the second that a
+    /// mkdir waits for it: EIO, nothing happened, and it is made again.
+    #[track_caller]
+    fn make_job(&self, job: &str) {
+        let path = self.path(format!("jobs/{job}"));
+        self.until("job", || match fs::create_dir(&path) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => true,
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => false,
+            Err(error) => panic!("{}: {error}\n{}", path.display(), self.log()),
+        });
+    }
+
     /// A job with detached disks of `size`; answers their uuids in order.
     #[track_caller]
     pub fn job(&self, job: &str, disks: &[&str], size: &str) -> Vec<String> {
-        if !self.path(format!("jobs/{job}")).exists() {
-            fs::create_dir(self.path(format!("jobs/{job}"))).unwrap();
-        }
+        self.make_job(job);
         let make = |disk: &&str| {
             assert_eq!(
                 self.write(format!("jobs/{job}/control"), &format!("create {disk} {size}")),
@@ -360,6 +392,25 @@ except OSError as e: sys.exit(e.errno)"#;
         (self.wait(), began.elapsed())
     }
 
+    fn edges_file(&self) -> PathBuf {
+        self.dir.path().join("edges")
+    }
+
+    /// Each change of a volume's status since the first start: from, to.
+    pub fn edges(&self) -> Vec<(Status, Status)> {
+        let text = fs::read_to_string(self.edges_file()).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        let edge = |(n, line): (usize, &&str)| {
+            let mut words = line.split(' ').skip(1).map(Status::parse);
+            let edge = words.next().flatten().zip(words.next().flatten());
+            // The last line of a daemon that was killed may be half a one; an empty line is a start.
+            let last = lines.get(n + 1).is_none_or(|next| next.is_empty());
+            assert!(edge.is_some() || last, "no edge: {line:?}");
+            edge
+        };
+        lines.iter().enumerate().filter(|(_, line)| !line.is_empty()).filter_map(edge).collect()
+    }
+
     /// Loop devices whose backing file is in this test's directory.
     pub fn loops(&self) -> Vec<String> {
         loops_below(self.dir.path())
@@ -402,6 +453,12 @@ impl Drop for Volfs {
         let _ = Command::new("umount").arg("-l").arg(self.root()).stderr(Stdio::null()).status();
         for name in self.loops() {
             let _ = Command::new("losetup").arg("-d").arg(format!("/dev/{name}")).stderr(Stdio::null()).status();
+        }
+        // L9, in every test with a daemon; one that has failed already has its own words.
+        if !std::thread::panicking() {
+            let edges = self.edges();
+            let wrong: Vec<_> = edges.iter().filter(|(from, to)| !edge_is_documented(*from, *to)).collect();
+            assert!(wrong.is_empty(), "l9: edges that the contract does not have: {wrong:?}\n{}", self.log());
         }
     }
 }

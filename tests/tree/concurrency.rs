@@ -262,8 +262,8 @@ impl Model {
             },
             "disk" => next(|m, name| m.disk = name.into(), self.disk != rest),
             "revert" if self.attached => Says::Now(libc::EBUSY),
-            // The loop provider has no snapshots.
-            "revert" => Says::Now(libc::EOPNOTSUPP),
+            // There is no snapshot.
+            "revert" => Says::Now(libc::ENOENT),
             // Another object's name repeated.
             "delete" => Says::Now(libc::EINVAL),
             other => panic!("{other}"),

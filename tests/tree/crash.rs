@@ -13,7 +13,7 @@ use super::common::Volfs;
 
 /// What a crash at a point leaves once the next start has settled it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Left {
+pub enum Left {
     /// Not even journaled: `history` has no row of it.
     Nothing,
     /// All as before, and the outcome is `interrupted`.
@@ -30,23 +30,23 @@ enum Left {
 use Left::{Any, Before, Done, Either, Nothing, Parts};
 
 const MIB: u64 = 1 << 20;
-const PATTERN: &[u8] = b"these bytes are somebody's server";
+pub const PATTERN: &[u8] = b"these bytes are somebody's server";
 
 /// A point, the hit that kills (counted from the command on), what is left.
-type Point = (&'static str, u32, Left);
+pub type Point = (&'static str, u32, Left);
 
 /// What one case works on.
-struct Case<'a> {
-    volfs: &'a Volfs,
+pub struct Case<'a> {
+    pub volfs: &'a Volfs,
     /// Its own jobs' names begin with this.
     job: String,
-    uuids: Vec<String>,
+    pub uuids: Vec<String>,
     /// `incarnation` of each at the start, where attached.
     was: Vec<String>,
 }
 
 impl Case<'_> {
-    fn volume(&self, n: usize, file: &str) -> String {
+    pub fn volume(&self, n: usize, file: &str) -> String {
         format!("volumes/{}/{file}", self.uuids[n])
     }
 
@@ -54,21 +54,21 @@ impl Case<'_> {
         self.volfs.value(self.volume(n, "status"))
     }
 
-    fn disks(&mut self, disks: &[&str]) {
+    pub fn disks(&mut self, disks: &[&str]) {
         self.uuids = self.volfs.job(&self.job, disks, "1M");
         for uuid in &self.uuids {
             sow(self.volfs, uuid);
         }
     }
 
-    fn attached(&mut self, disks: &[&str]) {
+    pub fn attached(&mut self, disks: &[&str]) {
         self.disks(disks);
         assert_eq!(self.volfs.write(format!("jobs/{}/control", self.job), "attach"), 0, "{}", self.volfs.log());
         self.was = (0..disks.len()).map(|n| self.volfs.value(self.volume(n, "incarnation"))).collect();
     }
 
     #[track_caller]
-    fn is_detached(&self, n: usize) {
+    pub fn is_detached(&self, n: usize) {
         assert_eq!(self.status(n), "detached");
         assert_eq!(self.volfs.read(self.volume(n, "device")), Err(libc::ENODEV));
         assert!(bound(self.volfs, &self.uuids[n]).is_empty(), "the kernel has a device");
@@ -76,7 +76,7 @@ impl Case<'_> {
 
     /// Attached, the device is this volume's, and the same disk as before if it was attached then.
     #[track_caller]
-    fn is_attached(&self, n: usize) {
+    pub fn is_attached(&self, n: usize) {
         assert_eq!(self.status(n), "attached");
         let device = self.volfs.value(self.volume(n, "device"));
         let bound = bound(self.volfs, &self.uuids[n]);
@@ -90,11 +90,11 @@ impl Case<'_> {
     }
 }
 
-fn data(volfs: &Volfs, uuid: &str) -> PathBuf {
+pub fn data(volfs: &Volfs, uuid: &str) -> PathBuf {
     volfs.state().join("loop/volumes").join(uuid).join("data.img")
 }
 
-fn sow(volfs: &Volfs, uuid: &str) {
+pub fn sow(volfs: &Volfs, uuid: &str) {
     use std::os::unix::fs::FileExt;
     let file = fs::OpenOptions::new().write(true).open(data(volfs, uuid)).unwrap();
     file.write_all_at(PATTERN, 0).unwrap();
@@ -150,18 +150,18 @@ fn in_flight(volfs: &Volfs) -> Vec<String> {
 }
 
 /// One verb: how its objects are made, what is written, how it looks before and after.
-struct Verb {
-    name: &'static str,
-    points: &'static [Point],
-    make: fn(&mut Case),
+pub struct Verb {
+    pub name: &'static str,
+    pub points: &'static [Point],
+    pub make: fn(&mut Case),
     /// The command; answers its errno.
-    write: fn(&Case) -> i32,
-    before: fn(&Case),
-    after: fn(&Case),
+    pub write: fn(&Case) -> i32,
+    pub before: fn(&Case),
+    pub after: fn(&Case),
     /// What the same command answers once it is done.
-    again: i32,
+    pub again: i32,
     /// Volumes more in the store once it is done.
-    grows: isize,
+    pub grows: isize,
 }
 
 fn prepared(points: &[Point]) -> (Volfs, PathBuf) {
@@ -175,7 +175,7 @@ fn prepared(points: &[Point]) -> (Volfs, PathBuf) {
     (volfs, arms)
 }
 
-fn sweep(verb: &Verb) {
+pub fn sweep(verb: &Verb) {
     let (mut volfs, arms) = prepared(verb.points);
     volfs.launch();
     for (n, (point, hit, left)) in verb.points.iter().enumerate() {
@@ -251,7 +251,7 @@ fn command(case: &Case, text: &str) -> i32 {
     case.volfs.write(format!("jobs/{}/control", case.job), text)
 }
 
-fn volume_command(case: &Case, text: &str) -> i32 {
+pub fn volume_command(case: &Case, text: &str) -> i32 {
     case.volfs.write(case.volume(0, "control"), text)
 }
 

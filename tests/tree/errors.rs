@@ -418,15 +418,12 @@ fn e12_eio_is_what_could_not_be_journaled_or_flushed_and_nothing_is_started() {
 #[test]
 fn e13_eopnotsupp_is_what_the_loop_provider_has_not() {
     let volfs = Volfs::start();
-    let (on, off) = two_disks(&volfs);
-    for control in ["jobs/a/control".to_owned(), format!("volumes/{off}/control")] {
-        for text in ["snapshot x", "revert x", "delete-snapshot x"] {
-            refused(&volfs, &control, text, libc::EOPNOTSUPP, "EOPNOTSUPP");
-        }
-    }
-    refused(&volfs, &format!("volumes/{on}/control"), "snapshot x crash", libc::EOPNOTSUPP, "EOPNOTSUPP");
+    two_disks(&volfs);
     let offering = format!("create x 1M offering={NOBODYS}");
-    refused(&volfs, "jobs/a/control", &offering, libc::EOPNOTSUPP, "EOPNOTSUPP");
+    for text in [offering.as_str(), "create x 1M zone=north", &format!("{offering} zone=north")] {
+        refused(&volfs, "jobs/a/control", text, libc::EOPNOTSUPP, "EOPNOTSUPP");
+    }
+    assert!(!volfs.path("jobs/a/disks/x").is_symlink());
     assert_eq!(volfs.value("jobs/a/status"), "idle detached=1 attached=1");
 }
 

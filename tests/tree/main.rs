@@ -11,21 +11,26 @@ mod commands;
 mod common;
 mod concurrency;
 mod crash;
+mod crash_snapshots;
+mod destroy;
 mod errors;
 mod events;
 mod identity;
 mod in_use;
 mod jobs;
 mod mounting;
+mod moving_over;
 mod predecessor;
 mod rules;
 mod scripts;
 mod shells;
+mod shipped;
 mod statuses;
 mod table;
 mod traps;
 mod verbs;
 mod waiting;
+mod whole;
 
 use common::Volfs;
 

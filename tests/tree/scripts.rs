@@ -2,20 +2,16 @@
 //! predecessor's scripts did wrong.
 
 use std::fs;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::bring::*;
-use crate::common::{SHELLS, Said, Volfs, finish};
+pub use crate::common::shipped;
+use crate::common::{SHELLS, Said, Volfs, finish, said_of};
 
-const QUIET: &str = "reconcile_interval = 3600\n";
+pub const QUIET: &str = "reconcile_interval = 3600\n";
 
-fn shipped(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/scripts").join(name)
-}
-
-fn command(volfs: &Volfs, shell: &[&str], script: &Path, env: &[(&str, &str)], args: &[&str]) -> Command {
+pub fn command(volfs: &Volfs, shell: &[&str], script: &Path, env: &[(&str, &str)], args: &[&str]) -> Command {
     let mut command = Command::new(shell[0]);
     command.args(&shell[1..]).arg(script).args(args).env("VOLFS", volfs.root()).envs(env.iter().copied());
     command.current_dir(volfs.scratch("")).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -23,12 +19,12 @@ fn command(volfs: &Volfs, shell: &[&str], script: &Path, env: &[(&str, &str)], a
 }
 
 /// Runs a shipped script in one shell.
-fn run(volfs: &Volfs, shell: &[&str], name: &str, env: &[(&str, &str)], args: &[&str]) -> Said {
+pub fn run(volfs: &Volfs, shell: &[&str], name: &str, env: &[(&str, &str)], args: &[&str]) -> Said {
     finish(command(volfs, shell, &shipped(name), env, args).spawn().unwrap())
 }
 
 #[track_caller]
-fn ok(volfs: &Volfs, shell: &[&str], name: &str, env: &[(&str, &str)], args: &[&str]) -> Said {
+pub fn ok(volfs: &Volfs, shell: &[&str], name: &str, env: &[(&str, &str)], args: &[&str]) -> Said {
     let said = run(volfs, shell, name, env, args);
     assert_eq!(said.status, 0, "{name} in {shell:?}: {said:?}\n{}", volfs.log());
     said
@@ -51,12 +47,12 @@ fn ok_without_snapshots(volfs: &Volfs, shell: &[&str], name: &str, env: &[(&str,
     said
 }
 
-fn disk(volfs: &Volfs, job: &str, disk: &str) -> String {
+pub fn disk(volfs: &Volfs, job: &str, disk: &str) -> String {
     let link = fs::read_link(volfs.path(format!("jobs/{job}/disks/{disk}"))).unwrap();
     link.file_name().unwrap().to_str().unwrap().to_owned()
 }
 
-fn volumes(volfs: &Volfs) -> Vec<String> {
+pub fn volumes(volfs: &Volfs) -> Vec<String> {
     let names = fs::read_dir(volfs.state().join("loop/volumes")).unwrap();
     let mut names: Vec<_> = names.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
@@ -68,11 +64,11 @@ fn shell_name(shell: &[&str]) -> String {
 }
 
 /// An image of `n` bytes of one letter.
-fn image(volfs: &Volfs, name: &str, letter: u8, n: usize) {
+pub fn image(volfs: &Volfs, name: &str, letter: u8, n: usize) {
     fs::write(volfs.scratch(name), vec![letter; n]).unwrap();
 }
 
-fn head(volfs: &Volfs, job: &str, name: &str) -> String {
+pub fn head(volfs: &Volfs, job: &str, name: &str) -> String {
     volfs.ok(&format!("head -c 4 $R/jobs/{job}/disks/{name}/block"))
 }
 
@@ -85,19 +81,38 @@ fn r2_predecessor_75_provisioning_twice_is_the_same_as_once_in_every_shell() {
     for shell in SHELLS {
         let job = shell_name(shell);
         let env = [("JOB", job.as_str()), ("VM_NAME", "web one")];
-        ok(&volfs, shell, "provision.sh", &env, &SIZES);
+        ok(&volfs, shell, "provision", &env, &SIZES);
         let first = [disk(&volfs, &job, "disk-2000"), disk(&volfs, &job, "disk-2001")];
         let seq = of(&volfs, &first[0], "incarnation");
         assert_eq!(volfs.value(format!("jobs/{job}/status")), "idle attached=2");
         assert_eq!(volfs.value(format!("jobs/{job}/vm_name")), "web one");
         assert_eq!(head(&volfs, &job, "disk-2000"), "aaaa");
-        ok(&volfs, shell, "provision.sh", &env, &SIZES);
+        ok(&volfs, shell, "provision", &env, &SIZES);
         assert_eq!([disk(&volfs, &job, "disk-2000"), disk(&volfs, &job, "disk-2001")], first);
         assert_eq!(of(&volfs, &first[0], "incarnation"), seq, "it was not even attached again");
-        ok(&volfs, shell, "cleanup.sh", &env, &[]);
+        ok(&volfs, shell, "cleanup-failed-job", &env, &["--yes"]);
     }
     assert!(volumes(&volfs).is_empty());
     assert_eq!(volfs.ok("ls $R/jobs"), "");
+}
+
+/// The shipped files' names.
+pub fn all() -> Vec<String> {
+    let names = fs::read_dir(shipped("")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    names
+}
+
+/// What each of them is content with, where volfs is mounted.
+pub fn fitting(volfs: &Volfs, name: &str, uuid: &str) -> Command {
+    let args: &[&str] = match name {
+        "provision" => &["d=1M"],
+        "cleanup-failed-job" => &["--yes"],
+        _ => &[],
+    };
+    let env = [("JOB", "a"), ("VM_NAME", "w"), ("NEW", "b"), ("OS_DISK", "d"), ("TEST_VM", uuid), ("VM", uuid)];
+    command(volfs, &["dash"], &shipped(name), &env, args)
 }
 
 /// Where nothing is mounted a script must fail before its first change, and make no plain files.
@@ -106,19 +121,20 @@ fn predecessor_65_every_script_stops_where_volfs_is_not_mounted() {
     let mut volfs = Volfs::start_with(&[], QUIET);
     let uuids = volfs.job("a", &["d"], "1M");
     volfs.terminate();
-    let names = fs::read_dir(shipped("")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
-    let env = [("JOB", "a"), ("VM_NAME", "w"), ("NEW", "b"), ("OS_DISK", "d"), ("TEST_VM", uuids[0].as_str())];
-    let mut seen = 0;
-    for name in names {
+    let before = fs::read_dir(volfs.scratch("")).unwrap().count();
+    for name in all() {
+        let fits = fitting(&volfs, &name, &uuids[0]);
         for shell in SHELLS {
-            let said = run(&volfs, shell, &name, &env, &[]);
+            let mut command = Command::new(shell[0]);
+            command.args(&shell[1..]).args(fits.get_args()).current_dir(volfs.scratch("")).stdin(Stdio::null());
+            command.envs(fits.get_envs().filter_map(|(k, v)| Some((k, v?))));
+            let said = said_of(command.output().unwrap());
             assert_ne!(said.status, 0, "{name} in {shell:?}");
             assert!(said.err.contains("version"), "{name}: {said:?}");
         }
-        seen += 1;
     }
-    assert!(seen >= 8, "{seen}");
     assert_eq!(fs::read_dir(volfs.root()).unwrap().count(), 0, "no plain files below the empty mount point");
+    assert_eq!(fs::read_dir(volfs.scratch("")).unwrap().count(), before, "nor anywhere else");
     assert_eq!(volumes(&volfs), uuids);
     volfs.launch();
     assert_eq!(volfs.ok("ls $R/jobs/a/disks"), "d");
@@ -130,11 +146,13 @@ fn predecessor_65_a_dead_daemon_is_not_nothing_to_do() {
     let mut volfs = Volfs::start_with(&[], QUIET);
     let uuids = volfs.job("a", &["d"], "1M");
     volfs.kill();
-    let said = run(&volfs, &["dash"], "cleanup.sh", &[("JOB", "a")], &[]);
-    assert_ne!(said.status, 0);
+    for name in all() {
+        let said = finish(fitting(&volfs, &name, &uuids[0]).spawn().unwrap());
+        assert_ne!(said.status, 0, "{name}: {said:?}");
+    }
     assert_eq!(volumes(&volfs), uuids);
     volfs.launch();
-    ok(&volfs, &["dash"], "cleanup.sh", &[("JOB", "a")], &[]);
+    ok(&volfs, &["dash"], "cleanup-failed-job", &[("JOB", "a")], &["--yes"]);
     assert!(volumes(&volfs).is_empty());
 }
 
@@ -144,7 +162,7 @@ fn predecessor_116_a_failed_start_leaves_nothing_half_done_and_a_rerun_finishes(
     let volfs = Volfs::start_with(&[], config);
     image(&volfs, "src0.raw", b'a', 1 << 20);
     let env = [("JOB", "a"), ("VM_NAME", "w")];
-    let said = run(&volfs, &["dash"], "provision.sh", &env, &["disk-0=2M=src0.raw", "disk-1=2M"]);
+    let said = run(&volfs, &["dash"], "provision", &env, &["disk-0=2M=src0.raw", "disk-1=2M"]);
     assert_ne!(said.status, 0, "the second does not fit");
     assert!(volfs.read("jobs/a/error").unwrap().contains("ENOSPC"));
     assert_eq!(volfs.value("jobs/a/status"), "idle detached=1", "nothing was attached for a start that failed");
@@ -158,7 +176,7 @@ fn predecessor_116_a_failed_start_leaves_nothing_half_done_and_a_rerun_finishes(
         assert_eq!(said.status, 1, "{said:?}");
         assert_eq!(volfs.value("jobs/a/status"), "idle detached=1");
     }
-    ok(&volfs, &["dash"], "provision.sh", &env, &["disk-0=2M=src0.raw", "disk-1=1M"]);
+    ok(&volfs, &["dash"], "provision", &env, &["disk-0=2M=src0.raw", "disk-1=1M"]);
     assert_eq!(volfs.value("jobs/a/status"), "idle attached=2");
 }
 
@@ -168,9 +186,9 @@ fn predecessor_113_disks_listed_in_another_order_change_nothing() {
     image(&volfs, "zero", b'0', 1 << 20);
     image(&volfs, "one", b'1', 1 << 20);
     let env = [("JOB", "a"), ("VM_NAME", "w")];
-    ok(&volfs, &["dash"], "provision.sh", &env, &["disk-2000=1M=zero", "disk-2001=1M=one"]);
+    ok(&volfs, &["dash"], "provision", &env, &["disk-2000=1M=zero", "disk-2001=1M=one"]);
     let was = [disk(&volfs, "a", "disk-2000"), disk(&volfs, "a", "disk-2001")];
-    ok(&volfs, &["bash"], "provision.sh", &env, &["disk-2001=1M=one", "disk-2000=1M=zero"]);
+    ok(&volfs, &["bash"], "provision", &env, &["disk-2001=1M=one", "disk-2000=1M=zero"]);
     assert_eq!([disk(&volfs, "a", "disk-2000"), disk(&volfs, "a", "disk-2001")], was);
     assert_eq!((head(&volfs, "a", "disk-2000"), head(&volfs, "a", "disk-2001")), ("0000".into(), "1111".into()));
     assert_eq!(volumes(&volfs).len(), 2);
@@ -186,7 +204,7 @@ fn predecessor_112_a_disk_that_is_no_whole_gib_keeps_one_volume_over_three_runs(
     let env = [("JOB", "a"), ("VM_NAME", "w")];
     let odd = format!("disk-2000={}", (1_u64 << 30) + 1);
     for shell in SHELLS {
-        ok(&volfs, shell, "provision.sh", &env, &[&odd]);
+        ok(&volfs, shell, "provision", &env, &[&odd]);
         assert_eq!(volumes(&volfs).len(), 1);
     }
     let uuid = disk(&volfs, "a", "disk-2000");
@@ -200,8 +218,8 @@ fn predecessor_111_two_vms_of_one_name_and_size_have_volumes_of_their_own() {
     let volfs = Volfs::start_with(&[], QUIET);
     image(&volfs, "x", b'x', 1 << 20);
     image(&volfs, "y", b'y', 1 << 20);
-    ok(&volfs, &["dash"], "provision.sh", &[("JOB", "vc1-web"), ("VM_NAME", "web")], &["disk-2000=1M=x"]);
-    ok(&volfs, &["dash"], "provision.sh", &[("JOB", "vc2-web"), ("VM_NAME", "web")], &["disk-2000=1M=y"]);
+    ok(&volfs, &["dash"], "provision", &[("JOB", "vc1-web"), ("VM_NAME", "web")], &["disk-2000=1M=x"]);
+    ok(&volfs, &["dash"], "provision", &[("JOB", "vc2-web"), ("VM_NAME", "web")], &["disk-2000=1M=y"]);
     assert_ne!(disk(&volfs, "vc1-web", "disk-2000"), disk(&volfs, "vc2-web", "disk-2000"));
     assert_eq!(head(&volfs, "vc1-web", "disk-2000"), "xxxx");
     assert_eq!(head(&volfs, "vc2-web", "disk-2000"), "yyyy");
@@ -228,7 +246,7 @@ fn predecessor_66_cleaning_one_job_leaves_every_other_as_it_was() {
         )
     };
     let was = look();
-    ok(&volfs, &["dash"], "cleanup.sh", &[("JOB", "mine")], &[]);
+    ok(&volfs, &["dash"], "cleanup-failed-job", &[("JOB", "mine")], &["--yes"]);
     assert_eq!(look(), was);
     assert_eq!(volfs.value("jobs/third/status"), "busy creating=1");
     held.release();
@@ -252,7 +270,7 @@ fn predecessor_61_cleaning_a_job_cannot_reach_a_volume_that_only_its_papers_name
     assert_eq!(volfs.write("jobs/pgtest2/disks/disk-2000/control", &format!("delete {victim}")), libc::EINVAL);
     // A volume that came to carry another owner's mark is in nobody's way, and is not deleted.
     edit_meta(&volfs, own, |m| m["mark"] = FOREIGN.into());
-    let said = run(&volfs, &["dash"], "cleanup.sh", &[("JOB", "pgtest2")], &[]);
+    let said = run(&volfs, &["dash"], "cleanup-failed-job", &[("JOB", "pgtest2")], &["--yes"]);
     assert_ne!(said.status, 0);
     assert!(said.err.contains(FOREIGN), "the script shows why: {said:?}");
     assert!(stored(&volfs, own).exists() && stored(&volfs, victim).exists());
@@ -266,13 +284,13 @@ fn predecessor_63_a_volume_that_refuses_to_go_keeps_the_job_and_a_rerun_finishes
         let uuids = volfs.job("a", &["d", "e"], "1M");
         volfs.ok("echo attach > $R/jobs/a/control");
         let user = fs::File::open(volfs.path(format!("volumes/{}/block", uuids[1]))).unwrap();
-        let said = run(&volfs, shell, "cleanup.sh", &[("JOB", "a")], &[]);
+        let said = run(&volfs, shell, "cleanup-failed-job", &[("JOB", "a")], &["--yes"]);
         assert_eq!(said.status, 1, "{said:?}");
         assert!(said.err.contains(&format!("pid {}", std::process::id())), "the reason on stderr: {said:?}");
         assert_eq!(volfs.ok("ls $R/jobs/a/disks"), "d\ne");
         assert_eq!(volumes(&volfs).len(), 2);
         drop(user);
-        ok(&volfs, shell, "cleanup.sh", &[("JOB", "a")], &[]);
+        ok(&volfs, shell, "cleanup-failed-job", &[("JOB", "a")], &["--yes"]);
         assert!(volumes(&volfs).is_empty());
     }
 }
@@ -284,7 +302,7 @@ fn predecessor_76_cleaning_up_never_detaches_a_running_vms_disks() {
     let vm = volfs::model::VmId::random().to_string();
     volfs.ok(&format!("echo attach vm={vm} > $R/jobs/a/control"));
     fs::write(volfs.state().join(format!("loop/vms/{vm}.json")), "{\"running\":true}").unwrap();
-    let said = run(&volfs, &["dash"], "cleanup.sh", &[("JOB", "a")], &[]);
+    let said = run(&volfs, &["dash"], "cleanup-failed-job", &[("JOB", "a")], &["--yes"]);
     assert_eq!(said.status, 1);
     assert_eq!(volfs.ok("rmdir $R/jobs/a 2>/dev/null || echo no"), "no");
     assert_eq!(volfs.value("jobs/a/status"), "idle remote=2");
@@ -310,7 +328,7 @@ fn predecessor_70_odd_names_are_refused_and_reach_nothing() {
         let made = volfs.sh(&format!("mkdir \"$R/jobs/\"'{}'", job.replace('\'', "'\\''")));
         assert_ne!(made.status, 0, "{job:?}");
         assert!(made.err.contains(says), "{job:?}: {made:?}");
-        let said = run(&volfs, &["dash"], "cleanup.sh", &[("JOB", job)], &[]);
+        let said = run(&volfs, &["dash"], "cleanup-failed-job", &[("JOB", job)], &["--yes"]);
         assert_ne!(said.status, 0, "{job:?}");
     }
     assert_eq!(volfs.ok("ls $R/jobs"), "a");
@@ -335,7 +353,7 @@ fn predecessor_72_a_loop_over_disks_under_set_e_reaches_every_one() {
     }
 }
 
-fn test_vm(volfs: &Volfs) -> String {
+pub fn test_vm(volfs: &Volfs) -> String {
     let vm = volfs::model::VmId::random().to_string();
     assert_eq!(volfs.write("control", &format!("reconcile vm={vm}")), 0);
     vm
@@ -349,11 +367,6 @@ fn predecessor_98_a_failover_test_that_fails_is_rolled_back_by_its_trap() {
         volfs.ok("echo attach > $R/jobs/a/control");
         let vm = test_vm(&volfs);
         let env = [("JOB", "a"), ("TEST_VM", vm.as_str()), ("OS_DISK", "disk-2000")];
-        // As shipped: the loop provider has no snapshots, and without one nothing is handed over.
-        let said = run(&volfs, shell, "failover-test.sh", &env, &[]);
-        assert_ne!(said.status, 0);
-        assert_eq!(volfs.value("jobs/a/status"), "idle attached=2", "{shell:?}: {}", volfs.log());
-
         // A data disk that fails after the root disk was handed over: all come back.
         let script = without_snapshots(&volfs, "failover-test.sh");
         let mark = meta(&volfs, &uuids[1])["mark"].clone();
@@ -506,108 +519,4 @@ fn r9_the_rollback_says_what_is_left_on_the_test_vm_and_fails_when_it_cannot_tel
     let path = without_snapshots(&volfs, "failover-rollback.sh");
     let said = finish(command(&volfs, &["dash"], &path, &env, &[]).spawn().unwrap());
     assert_ne!(said.status, 0, "{said:?}");
-}
-
-#[test]
-fn c8_committing_a_failover_releases_all_and_detaches_nothing() {
-    for shell in SHELLS {
-        let volfs = Volfs::start_with(&[], QUIET);
-        let uuids = volfs.job("a", &["disk-2000", "disk-2001"], "1M");
-        let vm = test_vm(&volfs);
-        volfs.ok(&format!("echo attach vm={vm} > $R/jobs/a/control"));
-        fs::write(volfs.state().join(format!("loop/vms/{vm}.json")), "{\"running\":true}").unwrap();
-        // Killed between two releases: the second run releases the rest.
-        volfs.ok(&format!("echo release {} > $R/volumes/{}/control", uuids[0], uuids[0]));
-        ok(&volfs, shell, "failover-commit.sh", &[("JOB", "a")], &[]);
-        assert_eq!(volfs.ok("ls $R/jobs"), "");
-        for uuid in &uuids {
-            let meta = meta(&volfs, uuid);
-            assert_eq!(meta["attached"]["vm"], vm);
-            assert_eq!(meta["mark"], serde_json::Value::Null);
-        }
-        // Killed after the last release: a job without volumes.
-        fs::create_dir(volfs.path("jobs/b")).unwrap();
-        ok(&volfs, shell, "failover-commit.sh", &[("JOB", "b")], &[]);
-        assert_eq!(volfs.ok("ls $R/jobs"), "");
-    }
-}
-
-#[test]
-fn c8_a_commit_refuses_what_is_still_attached_here() {
-    let volfs = Volfs::start_with(&[], QUIET);
-    volfs.job("a", &["d"], "1M");
-    volfs.ok("echo attach > $R/jobs/a/control");
-    let said = run(&volfs, &["dash"], "failover-commit.sh", &[("JOB", "a")], &[]);
-    assert_ne!(said.status, 0);
-    assert_eq!(volfs.value("jobs/a/status"), "idle attached=1");
-}
-
-#[test]
-fn c9_the_next_job_has_the_volumes_and_a_second_run_is_the_same() {
-    for shell in SHELLS {
-        let volfs = Volfs::start_with(&[], QUIET);
-        let uuids = volfs.job("old", &["disk-2000", "disk-2001"], "1M");
-        volfs.ok("echo attach > $R/jobs/old/disks/disk-2000/control");
-        for _ in 0..2 {
-            ok(&volfs, shell, "next-job.sh", &[("JOB", "old"), ("NEW", "new")], &[]);
-            assert_eq!(volfs.value("jobs/new/status"), "idle detached=1 attached=1");
-            assert_eq!(volfs.value("jobs/old/status"), "idle");
-        }
-        assert_eq!([disk(&volfs, "new", "disk-2000"), disk(&volfs, "new", "disk-2001")], [&*uuids[0], &*uuids[1]]);
-    }
-}
-
-#[test]
-fn r3_which_says_where_each_volume_is() {
-    let volfs = Volfs::start_with(&[], QUIET);
-    let uuids = volfs.job("a", &["d"], "1M");
-    volfs.ok("echo attach > $R/jobs/a/control");
-    let device = of(&volfs, &uuids[0], "device");
-    for shell in SHELLS {
-        let said = ok(&volfs, shell, "which.sh", &[("JOB", "a")], &[]);
-        assert_eq!(said.out, volfs.read("jobs/a/table").unwrap());
-        let said = ok(&volfs, shell, "which.sh", &[], &[&device]);
-        let name = device.strip_prefix("/dev/").unwrap();
-        assert_eq!(said.out, format!("{name}\t../{}\n", dir("a", &uuids[0])));
-        assert_ne!(run(&volfs, shell, "which.sh", &[], &["nvme99n9"]).status, 0);
-        assert_ne!(run(&volfs, shell, "which.sh", &[], &[]).status, 0, "no job was named");
-    }
-}
-
-#[test]
-fn r3_the_export_script_serves_what_is_attached_and_nothing_else() {
-    if !crate::common::have(&["nbdcopy", "nbdkit"]) {
-        return;
-    }
-    let volfs = Volfs::start_with(&[], QUIET);
-    let uuids = volfs.job("a", &["d", "e"], "1M");
-    volfs.ok(
-        "echo attach > $R/jobs/a/disks/d/control; printf data | dd of=$R/jobs/a/disks/d/block conv=fsync status=none",
-    );
-    let socket = volfs.scratch("nbd.sock");
-    let mut server = command(&volfs, &["dash"], &shipped("export.sh"), &[], &[socket.to_str().unwrap()]);
-    let server = server.process_group(0).spawn().unwrap();
-    let _server = Server(server);
-    volfs.until("the socket", || socket.exists());
-    let uri = |uuid: &str| format!("nbd+unix:///{uuid}?socket={}", socket.display());
-    let size = |uuid: &str| volfs.sh(&format!("nbdinfo --size '{}'", uri(uuid)));
-    assert_eq!(size(&uuids[0]).out, "1048576\n", "{:?}", size(&uuids[0]));
-    assert_ne!(size(&uuids[1]).status, 0, "not attached");
-    let copy = volfs.scratch("copy");
-    volfs.ok(&format!("nbdcopy '{}' {}", uri(&uuids[0]), copy.display()));
-    assert!(fs::read(&copy).unwrap().starts_with(b"data"));
-    volfs.until("the end of the connection", || volfs.write("jobs/a/control", "detach") == 0);
-    assert_ne!(size(&uuids[0]).status, 0, "refused after the detach");
-    assert!(!volfs.path(format!("exports/{}", uuids[0])).exists());
-}
-
-/// Ends when the test does.
-struct Server(std::process::Child);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Ended already is ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }

@@ -249,6 +249,10 @@ impl Layout {
         self.volume(id).join("data.img")
     }
 
+    pub fn snapshots(&self, id: VolumeId) -> PathBuf {
+        self.volume(id).join("snapshots")
+    }
+
     fn vm(&self, id: VmId) -> PathBuf {
         self.dir.join("vms").join(format!("{id}.json"))
     }

@@ -7,6 +7,7 @@
 //! DIR/reserve                  room for detach and release on a full filesystem
 //! DIR/volumes/UUID/data.img    the volume: a sparse file
 //! DIR/volumes/UUID/meta.json   name, size, mark, where attached, what is being done
+//! DIR/volumes/UUID/snapshots/  a directory a snapshot, likewise: a copy of data.img, and what it is
 //! DIR/volumes/.new-FENCE/      a volume being made
 //! DIR/vms/UUID.json            {"running": bool}: for operators and tests to edit
 //! DIR/trash/UUID.MILLIS/       deleted volumes, until `trash_keep` is over
@@ -24,7 +25,8 @@
 //!
 //! **Space.** Files are sparse, and several volumes together may promise more than there is. One
 //! volume, or one growth, that is larger than what the filesystem has free now is refused, and so
-//! is what exceeds `capacity` (the sizes of all volumes, deleted ones in the trash included).
+//! is what exceeds `capacity` (the sizes of all volumes and of their snapshots, what is in the trash
+//! included).
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -33,13 +35,16 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::{About, Call, Cloud, CloudError, CloudVolume, Label, Marked, NewVolume, Refusal, Survey, VmFacts};
+use super::{
+    About, Call, Cloud, CloudError, CloudSnapshot, CloudVolume, Label, Marked, NewVolume, Refusal, Survey, VmFacts,
+};
 use crate::failpoint;
-use crate::model::{BootId, Disk, Fence, Mark, Slot, Timestamp, VmId, VolumeId};
+use crate::model::{BootId, Disk, Fence, Mark, Slot, SnapshotId, SnapshotName, Timestamp, VmId, VolumeId};
 
 mod device;
 mod disk;
 mod look;
+mod snapshots;
 mod work;
 
 #[cfg(test)]
@@ -137,7 +142,7 @@ impl LoopCloud {
             host: options.host,
             most_disks: options.most_disks,
             can_force: false,
-            snapshots: false,
+            snapshots: true,
             detach_wants_sole_opener: true,
             size_step: work::STEP,
             late: Duration::ZERO,
@@ -243,6 +248,27 @@ impl Cloud for LoopCloud {
     ) -> Result<(), CloudError> {
         let new = new.cloned();
         self.working(move |inner| inner.exchange_mark(volume, expect, new.as_ref())).await
+    }
+
+    async fn snapshot(&self, call: &Call, volume: VolumeId, name: &SnapshotName) -> Result<CloudSnapshot, CloudError> {
+        let (fence, name) = (call.fence(), name.clone());
+        self.working(move |inner| inner.snapshot(fence, volume, &name)).await
+    }
+
+    async fn find_snapshot(&self, volume: VolumeId, fence: Fence) -> Result<Option<CloudSnapshot>, CloudError> {
+        self.looking(move |inner| inner.find_snapshot(volume, fence)).await
+    }
+
+    async fn snapshots(&self, volume: VolumeId) -> Result<Vec<CloudSnapshot>, CloudError> {
+        self.looking(move |inner| inner.snapshots(volume)).await
+    }
+
+    async fn revert(&self, _: &Call, volume: VolumeId, snapshot: SnapshotId) -> Result<(), CloudError> {
+        self.working(move |inner| inner.revert(volume, snapshot)).await
+    }
+
+    async fn delete_snapshot(&self, _: &Call, volume: VolumeId, snapshot: SnapshotId) -> Result<(), CloudError> {
+        self.working(move |inner| inner.delete_snapshot(volume, snapshot)).await
     }
 
     async fn vm(&self, vm: VmId) -> Result<Option<VmFacts>, CloudError> {

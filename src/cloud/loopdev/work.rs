@@ -22,7 +22,7 @@ const CD: u32 = 3;
 const NEW: &str = ".new-";
 
 /// A failpoint before any effect.
-fn before(name: &str) -> Result<(), CloudError> {
+pub(super) fn before(name: &str) -> Result<(), CloudError> {
     if failpoint::hit(name) {
         return Err(CloudError::Unreachable { words: format!("failpoint {name}") });
     }
@@ -30,14 +30,14 @@ fn before(name: &str) -> Result<(), CloudError> {
 }
 
 /// A failpoint after one: it leaves everything as a crash there would.
-fn point(name: &str) -> Result<(), CloudError> {
+pub(super) fn point(name: &str) -> Result<(), CloudError> {
     if failpoint::hit(name) {
         return Err(CloudError::Ambiguous { words: format!("failpoint {name}") });
     }
     Ok(())
 }
 
-fn now() -> Timestamp {
+pub(super) fn now() -> Timestamp {
     SystemTime::now().into()
 }
 
@@ -77,21 +77,22 @@ impl Inner {
                 tracing::warn!(volume = %id, "interrupted work is not settled yet: {e}");
             }
         }
+        self.sweep_all()?;
         self.empty_trash();
         Ok(())
     }
 
     /// Locks a volume; `None` if it is not there.
-    fn lock(&self, volume: VolumeId) -> Result<Option<Lock>, CloudError> {
+    pub(super) fn lock(&self, volume: VolumeId) -> Result<Option<Lock>, CloudError> {
         self.layout.lock_dir(&self.layout.volume(volume), true)
     }
 
-    fn lock_existing(&self, volume: VolumeId) -> Result<Lock, CloudError> {
+    pub(super) fn lock_existing(&self, volume: VolumeId) -> Result<Lock, CloudError> {
         self.lock(volume)?.ok_or_else(|| no_volume(volume))
     }
 
     /// Reads a locked volume's metadata and ends work that a crash interrupted.
-    fn settled(&self, volume: VolumeId) -> Result<(Meta, u64), CloudError> {
+    pub(super) fn settled(&self, volume: VolumeId) -> Result<(Meta, u64), CloudError> {
         let (mut meta, length) = self.layout.read(volume)?.ok_or_else(|| no_volume(volume))?;
         let data = self.layout.data(volume);
         let was = meta.attached;
@@ -130,6 +131,12 @@ impl Inner {
 
     /// Refuses `more` bytes that the store or the filesystem has not.
     fn check_space(&self, more: u64) -> Result<(), CloudError> {
+        self.check_free(more)?;
+        self.check_capacity(more)
+    }
+
+    /// Refuses `more` bytes that the filesystem has not now.
+    pub(super) fn check_free(&self, more: u64) -> Result<(), CloudError> {
         let dir = &self.layout.dir;
         let stat = rustix::fs::statvfs(dir.as_path()).map_err(|e| unreachable(dir.display(), &e.into()))?;
         let free = stat.f_bavail.saturating_mul(stat.f_frsize);
@@ -137,9 +144,15 @@ impl Inner {
             let words = format!("{more} bytes asked for, the filesystem of {} has {free} free", dir.display());
             return Err(refused(Refusal::Capacity, words));
         }
+        Ok(())
+    }
+
+    /// Refuses `more` bytes that exceed what the store may promise in all.
+    pub(super) fn check_capacity(&self, more: u64) -> Result<(), CloudError> {
         let Some(capacity) = self.capacity else { return Ok(()) };
         let mut used = 0u64;
         for (id, volume) in self.scan()? {
+            used = used.saturating_add(self.bytes_of_snapshots(id)?);
             match volume {
                 Ok((meta, length)) => used = used.saturating_add(length.max(meta.size)),
                 // Its file counts, whatever its metadata says; without a file nothing does.
@@ -455,6 +468,7 @@ impl Inner {
             if let Some(binding) = self.bindings(volume)?.first() {
                 return Err(refused(Refusal::Conflict, format!("{} has volume {volume}'s file", binding.name())));
             }
+            self.has_no_snapshots(volume)?;
             before("loop.delete.before")?;
             let to = self.layout.trash().join(format!("{volume}.{}", now().0));
             fs::rename(self.layout.volume(volume), &to).map_err(|e| not_started(to.display(), &e))?;
@@ -544,7 +558,7 @@ fn no_volume(volume: VolumeId) -> CloudError {
 }
 
 /// Removes a directory of ours and what is in it; gone already is success.
-fn remove(path: &Path) -> io::Result<()> {
+pub(super) fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),

@@ -56,7 +56,7 @@ fn ground(exact_size: bool) -> Ground {
                 Status::Remote => Some(other),
                 _ => None,
             };
-            recorded.push(Recorded { status, vm, mapped, size: GIB, mark });
+            recorded.push(Recorded { status, vm, mapped, size: GIB, mark, unmarked: None });
         }
     }
     let mut views = vec![View::Unseen, View::Absent(false), View::Absent(true)];
@@ -216,6 +216,7 @@ fn settling_what_is_settled_changes_nothing() {
                     _ => recorded.size,
                 },
                 mark: recorded.mark,
+                unmarked: recorded.unmarked.clone(),
             };
             let second = settle(&again, &view.cloud(), candidates, g.rules);
             let all = format!("{recorded:?} {view:?} {candidates:?}\n{first:?}\n{second:?}");

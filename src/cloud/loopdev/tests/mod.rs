@@ -14,6 +14,7 @@ use crate::sys;
 
 mod faults;
 mod fuzz;
+mod snapshots;
 
 const MIB: u64 = 1 << 20;
 
@@ -191,6 +192,9 @@ fn run_as_child() {
             "detach" => cloud.detach(&call(), volume, host, false).await,
             "resize" => cloud.resize(&call(), volume, 2 * MIB).await.map(drop),
             "delete" => cloud.delete(&call(), volume, false).await.map(drop),
+            "snapshot" => cloud.snapshot(&call(), volume, &snapshots::named("s")).await.map(drop),
+            "revert" => cloud.revert(&call(), volume, snapshots::only(&cloud, volume).await).await,
+            "delete-snapshot" => cloud.delete_snapshot(&call(), volume, snapshots::only(&cloud, volume).await).await,
             "mark" => cloud.exchange_mark(&call(), volume, Some(label(1).mark), Some(&label(2))).await,
             other => panic!("{other}"),
         }
