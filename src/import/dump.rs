@@ -1,152 +1,17 @@
 //! From a dump's statements to the rows of the seven tables that matter. Of each row only the
-//! columns that [`KNOWN`] names are ever kept: whatever else a dump holds, keys and passwords
+//! columns that [`rows`](super::rows) names are ever kept: whatever else a dump holds, keys and passwords
 //! included, is passed over as it streams by.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read;
 
 use super::lexer::{LONGEST, LexError, Lexer, Place, Token};
+use super::rows::{DISKS, KNOWN, MOST_ROWS, Tables, Value, Wanted};
 
-/// Most rows of one table; each takes some memory, and no installation has had so many.
-const MOST_ROWS: usize = 100_000;
 /// Most columns of one table, and most databases of one dump: MariaDB's own limit, and one of ours.
 const MOST_COLUMNS: usize = 4096;
 const MOST_DATABASES: usize = 1000;
-
-/// A table, and for each column that is read the names that it had, the present one first.
-struct Known {
-    name: &'static str,
-    columns: &'static [&'static [&'static str]],
-}
-
-const JOBS: usize = 0;
-const CONTEXTS: usize = 1;
-const DISKS: usize = 2;
-const VOLUMES: usize = 3;
-const MAPPINGS: usize = 4;
-const OPERATIONS: usize = 5;
-const EXPORTS: usize = 6;
-
-const KNOWN: [Known; 7] = [
-    Known { name: "replication_jobs", columns: &[&["id"], &["source_vm_name"], &["vm_context_id"]] },
-    Known { name: "vm_replication_contexts", columns: &[&["context_id"], &["vm_name"]] },
-    Known {
-        name: "vm_disks",
-        columns: &[
-            &["id"],
-            &["job_id"],
-            &["vm_context_id"],
-            &["disk_id"],
-            &["ossea_volume_id"],
-            &["cloudstack_volume_uuid"],
-            &["vmdk_path", "vm_dk_path"],
-        ],
-    },
-    Known { name: "ossea_volumes", columns: &[&["id"], &["volume_id"], &["volume_name", "name"], &["size_gb"]] },
-    Known { name: "device_mappings", columns: &[&["volume_uuid", "volume_id"], &["vm_id"]] },
-    Known {
-        name: "volume_operations",
-        columns: &[
-            &["id"],
-            &["type", "operation_type", "operation"],
-            &["status", "state"],
-            &["volume_id", "volume_uuid"],
-        ],
-    },
-    Known { name: "nbd_exports", columns: &[] },
-];
-
-/// Words of an operation that has ended; any other is one that had not.
-const ENDED: [&str; 8] = ["completed", "complete", "failed", "cancelled", "canceled", "success", "succeeded", "error"];
-
-/// A text of a row; `None` is NULL, or a column that this table has not.
-pub type Value = Option<String>;
-
-/// A row of `replication_jobs`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub struct JobSaid {
-    pub id: Value,
-    pub vm_name: Value,
-    pub context: Value,
-}
-
-/// A row of `vm_replication_contexts`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub struct ContextSaid {
-    pub id: Value,
-    pub vm_name: Value,
-}
-
-/// A row of `vm_disks`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub struct DiskSaid {
-    pub row: Value,
-    pub job: Value,
-    pub context: Value,
-    pub disk: Value,
-    /// The link that is kept: a row of `ossea_volumes`.
-    pub volume_row: Value,
-    /// The link that was dropped, of the generation before.
-    pub volume_uuid: Value,
-    pub vmdk: Value,
-}
-
-/// A row of `ossea_volumes`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub struct VolumeSaid {
-    pub row: Value,
-    pub uuid: Value,
-    pub name: Value,
-    pub size_gb: Value,
-}
-
-/// A row of `device_mappings`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub struct MappingSaid {
-    pub volume: Value,
-    pub vm: Value,
-}
-
-/// A row of `volume_operations` that had not ended.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub struct OperationSaid {
-    pub id: Value,
-    pub kind: Value,
-    pub state: Value,
-    pub volume: Value,
-}
-
-/// What one database of a dump says.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Tables {
-    /// Rows.
-    pub jobs: Vec<JobSaid>,
-    /// Rows.
-    pub contexts: Vec<ContextSaid>,
-    /// Rows.
-    pub disks: Vec<DiskSaid>,
-    /// Rows.
-    pub volumes: Vec<VolumeSaid>,
-    /// Rows.
-    pub mappings: Vec<MappingSaid>,
-    /// Rows that had not ended.
-    pub operations: Vec<OperationSaid>,
-    /// How many there are at all.
-    pub operations_all: u64,
-    /// How many there are.
-    pub exports: u64,
-    /// Which of the tables that are known are in it.
-    pub present: BTreeSet<&'static str>,
-    /// `vm_disks` still has the link that was dropped later.
-    pub before: bool,
-}
 
 /// A whole dump, as far as it matters.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -225,16 +90,19 @@ struct Reader<R> {
     inserts_skipped: u64,
 }
 
-/// The columns of one statement: how many, and which of them goes where.
-struct Wanted {
-    slots: Vec<Option<usize>>,
-    names: Vec<String>,
-}
-
 impl<R: Read> Reader<R> {
     fn refused<T>(&self, words: impl Into<String>) -> Parsed<T> {
         let table = self.table.as_deref().map(shown);
         Err(Refused { place: Some(self.lexer.place()), table, words: words.into() })
+    }
+
+    /// As [`Reader::refused`], for what cannot stand here; where nothing follows, it is only half of it.
+    fn unexpected<T>(&mut self, words: impl Into<String>) -> Parsed<T> {
+        let refused = self.refused(words);
+        match self.lexer.next() {
+            Ok(Token::End) | Err(LexError::Cut(_)) => self.cut("a statement"),
+            _ => refused,
+        }
     }
 
     fn next(&mut self) -> Parsed<Token> {
@@ -280,7 +148,7 @@ impl<R: Read> Reader<R> {
             Token::Sign(b';') => return Ok(true),
             Token::Word => String::from_utf8_lossy(&self.lexer.text).to_ascii_uppercase(),
             Token::Sign(b'(') => String::new(),
-            _ => return self.refused("this is no SQL that a dump program writes"),
+            _ => return self.unexpected("this is no SQL that a dump program writes"),
         };
         match &*word {
             "INSERT" | "REPLACE" => self.insert()?,
@@ -291,7 +159,7 @@ impl<R: Read> Reader<R> {
             "LOCK" | "UNLOCK" | "ALTER" | "DROP" | "START" | "BEGIN" | "COMMIT" | "ANALYZE" | "GRANT" | "FLUSH"
             | "CHANGE" | "DO" | "STOP" | "RESET" | "INSTALL" => self.rest()?,
             // What such a statement would do to the rows read so far cannot be told without a server.
-            _ => return self.refused("a statement that no dump program writes: only a dump is read, no other SQL"),
+            _ => return self.unexpected("a statement that no dump program writes: only a dump is read, no other SQL"),
         }
         Ok(true)
     }
@@ -350,7 +218,7 @@ impl<R: Read> Reader<R> {
             Token::Word | Token::Quoted if !self.lexer.long => {
                 Ok(String::from_utf8_lossy(&self.lexer.text).into_owned())
             }
-            _ => self.refused("a name was expected here"),
+            _ => self.unexpected("a name was expected here"),
         }
     }
 
@@ -386,7 +254,7 @@ impl<R: Read> Reader<R> {
             for word in ["NOT", "EXISTS"] {
                 let token = self.inner()?;
                 if !self.is_word(token, word) {
-                    return self.refused("IF NOT EXISTS was expected here");
+                    return self.unexpected("IF NOT EXISTS was expected here");
                 }
             }
             name = self.name()?;
@@ -397,7 +265,7 @@ impl<R: Read> Reader<R> {
             return if token == Token::Sign(b';') { Ok(()) } else { self.rest() };
         };
         if token != Token::Sign(b'(') {
-            return self.refused("its columns were expected here");
+            return self.unexpected("its columns were expected here");
         }
         let columns = self.definitions()?;
         self.rest()?;
@@ -422,10 +290,10 @@ impl<R: Read> Reader<R> {
                 Token::Quoted => columns.push(name),
                 Token::Word if !NO_COLUMN.iter().any(|word| word.eq_ignore_ascii_case(&name)) => columns.push(name),
                 Token::Word => {}
-                _ => return self.refused("a column was expected here"),
+                _ => return self.unexpected("a column was expected here"),
             }
             if columns.len() > MOST_COLUMNS {
-                return self.refused("it has more columns than a table can have");
+                return self.unexpected("it has more columns than a table can have");
             }
             self.lexer.keep = false;
             let mut depth = 0u32;
@@ -435,7 +303,7 @@ impl<R: Read> Reader<R> {
                     Token::Sign(b')') if depth == 0 => return Ok(columns),
                     Token::Sign(b')') => depth -= 1,
                     Token::Sign(b',') if depth == 0 => break,
-                    Token::Sign(b';') => return self.refused("its definition ends too early"),
+                    Token::Sign(b';') => return self.unexpected("its definition ends too early"),
                     _ => {}
                 }
             }
@@ -449,7 +317,7 @@ impl<R: Read> Reader<R> {
         }
         let first = match token {
             Token::Word | Token::Quoted if !self.lexer.long => String::from_utf8_lossy(&self.lexer.text).into_owned(),
-            _ => return self.refused("a table was expected here"),
+            _ => return self.unexpected("a table was expected here"),
         };
         let (database, name, mut token) = self.table_name(first)?;
         let Some(table) = KNOWN.iter().position(|k| k.name == name) else {
@@ -464,7 +332,7 @@ impl<R: Read> Reader<R> {
             match self.columns.get(&(database.clone(), table)) {
                 Some(columns) => columns.clone(),
                 None => {
-                    return self.refused(
+                    return self.unexpected(
                         "the dump does not say which columns it has: make it with the CREATE TABLE statements, or with \
                          --complete-insert",
                     );
@@ -472,13 +340,13 @@ impl<R: Read> Reader<R> {
             }
         };
         if !self.is_word(token, "VALUES") && !self.is_word(token, "VALUE") {
-            return self.refused("VALUES was expected here: only what a dump program writes is read");
+            return self.unexpected("VALUES was expected here: only what a dump program writes is read");
         }
         let wanted = Wanted::of(table, names);
         self.tables(&database, table).before |= wanted.is_before(table);
         loop {
             if self.inner()? != Token::Sign(b'(') {
-                return self.refused("a row was expected here");
+                return self.unexpected("a row was expected here");
             }
             let row = self.row(table, &wanted)?;
             if !self.tables(&database, table).take(table, row) {
@@ -487,7 +355,7 @@ impl<R: Read> Reader<R> {
             match self.inner()? {
                 Token::Sign(b',') => {}
                 Token::Sign(b';') => return Ok(()),
-                _ => return self.refused("another row or the end of the statement was expected here"),
+                _ => return self.unexpected("another row or the end of the statement was expected here"),
             }
         }
     }
@@ -497,12 +365,12 @@ impl<R: Read> Reader<R> {
         loop {
             names.push(self.name()?.to_ascii_lowercase());
             if names.len() > MOST_COLUMNS {
-                return self.refused("it has more columns than a table can have");
+                return self.unexpected("it has more columns than a table can have");
             }
             match self.inner()? {
                 Token::Sign(b',') => {}
                 Token::Sign(b')') => return Ok(names),
-                _ => return self.refused("another column was expected here"),
+                _ => return self.unexpected("another column was expected here"),
             }
         }
     }
@@ -520,7 +388,7 @@ impl<R: Read> Reader<R> {
             let last = n + 1 == wanted.slots.len();
             if after != Token::Sign(if last { b')' } else { b',' }) {
                 let words = format!("a row has not the {} values that its columns want", wanted.slots.len());
-                return self.refused(words);
+                return self.unexpected(words);
             }
         }
         Ok(row)
@@ -539,7 +407,7 @@ impl<R: Read> Reader<R> {
                     return Ok(token);
                 }
                 Token::Sign(b')') => depth -= 1,
-                Token::Sign(b';') => return self.refused("a row ends within a value"),
+                Token::Sign(b';') => return self.unexpected("a row ends within a value"),
                 _ => {}
             }
         }
@@ -553,7 +421,7 @@ impl<R: Read> Reader<R> {
         if token == Token::Word && self.lexer.text.first() == Some(&b'_') {
             token = self.inner()?;
             if token != Token::Text {
-                return self.refused(format!("column {}: a text was expected here", shown(column)));
+                return self.unexpected(format!("column {}: a text was expected here", shown(column)));
             }
         }
         let mut sign = "";
@@ -561,19 +429,19 @@ impl<R: Read> Reader<R> {
             sign = if token == Token::Sign(b'-') { "-" } else { "" };
             token = self.inner()?;
             if token != Token::Number {
-                return self.refused(format!("column {}: a number was expected here", shown(column)));
+                return self.unexpected(format!("column {}: a number was expected here", shown(column)));
             }
         }
         if self.lexer.long {
             let words = format!("column {}: a value of more than {LONGEST} bytes, which it never had", shown(column));
-            return self.refused(words);
+            return self.unexpected(words);
         }
         let value = match token {
             Token::Text | Token::Number | Token::Quoted => {
                 Some(format!("{sign}{}", String::from_utf8_lossy(&self.lexer.text)))
             }
             Token::Word if self.lexer.text.eq_ignore_ascii_case(b"NULL") => None,
-            _ => return self.refused(format!("column {}: no value that a dump program writes", shown(column))),
+            _ => return self.unexpected(format!("column {}: no value that a dump program writes", shown(column))),
         };
         Ok((value, self.inner()?))
     }
@@ -631,68 +499,6 @@ impl<R: Read> Reader<R> {
             inserts_skipped: self.inserts_skipped,
         })
     }
-}
-
-impl Wanted {
-    fn of(table: usize, names: Vec<String>) -> Self {
-        let mut slots = vec![None; names.len()];
-        for (slot, alternatives) in KNOWN[table].columns.iter().enumerate() {
-            let column = alternatives.iter().find_map(|wanted| names.iter().position(|name| name == wanted));
-            if let Some(column) = column {
-                slots[column] = Some(slot);
-            }
-        }
-        Wanted { slots, names }
-    }
-
-    fn is_before(&self, table: usize) -> bool {
-        table == DISKS && self.names.iter().any(|name| name == "cloudstack_volume_uuid")
-    }
-}
-
-impl Tables {
-    /// False if there are too many.
-    fn take(&mut self, table: usize, row: Vec<Value>) -> bool {
-        let mut row = row.into_iter();
-        let mut next = || row.next().flatten();
-        match table {
-            JOBS => push(&mut self.jobs, JobSaid { id: next(), vm_name: next(), context: next() }),
-            CONTEXTS => push(&mut self.contexts, ContextSaid { id: next(), vm_name: next() }),
-            DISKS => push(
-                &mut self.disks,
-                DiskSaid {
-                    row: next(),
-                    job: next(),
-                    context: next(),
-                    disk: next(),
-                    volume_row: next(),
-                    volume_uuid: next(),
-                    vmdk: next(),
-                },
-            ),
-            VOLUMES => push(&mut self.volumes, VolumeSaid { row: next(), uuid: next(), name: next(), size_gb: next() }),
-            MAPPINGS => push(&mut self.mappings, MappingSaid { volume: next(), vm: next() }),
-            OPERATIONS => {
-                self.operations_all += 1;
-                let op = OperationSaid { id: next(), kind: next(), state: next(), volume: next() };
-                let ended = op.state.as_ref().is_some_and(|s| ENDED.iter().any(|e| s.trim().eq_ignore_ascii_case(e)));
-                ended || push(&mut self.operations, op)
-            }
-            EXPORTS => {
-                self.exports += 1;
-                true
-            }
-            _ => true,
-        }
-    }
-}
-
-fn push<T>(rows: &mut Vec<T>, row: T) -> bool {
-    let room = rows.len() < MOST_ROWS;
-    if room {
-        rows.push(row);
-    }
-    room
 }
 
 /// A text of the dump as it may be shown: one line, of bounded length.

@@ -276,7 +276,7 @@ impl<R: Read> Lexer<R> {
             b'\'' => self.quoted(b'\'').map(|()| Token::Text),
             b'"' | b'`' => self.quoted(byte).map(|()| Token::Quoted),
             b'0'..=b'9' => self.number(),
-            b'.' if matches!(self.look(2)?, [_, b'0'..=b'9']) => self.number(),
+            b'.' if matches!(self.look(2)?, [_, b'0'..=b'9', ..]) => self.number(),
             b if is_word(b) => self.word(b),
             b => {
                 self.at += 1;
