@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod churn;
+mod churn_cloud;
 #[path = "../tree/common.rs"]
 mod common;
 mod errors;
