@@ -2,15 +2,17 @@
 //! that is killed every few seconds. In rounds: 200 shells with their scripts, one or two kills, an
 //! end in peace, and the same oracle as after each random kill.
 //!
-//! The shells check what only they can see: bytes read from `block` between two equal readings of
-//! `incarnation` are that volume's own (S1), however the adversary has bound junk meanwhile.
+//! Readers and shells check what only they can see: bytes read from `block` between two equal readings
+//! of `incarnation` are that volume's own (S1), however the adversary has bound junk meanwhile.
 
 use std::collections::BTreeSet;
-use std::fmt::Write;
+use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use volfs::sys::{self, LoopInfo64};
@@ -24,6 +26,10 @@ const JOBS: usize = 8;
 const DISKS: usize = 8;
 const SHELLS: usize = 200;
 const COMMANDS: usize = 6;
+/// Threads that read beside the shells.
+const READERS: u64 = 2;
+/// Junk that is bound at a time.
+const JUNK: usize = 4;
 /// Longest that a round's shells may take.
 const ROUND: Duration = Duration::from_secs(120);
 
@@ -89,12 +95,26 @@ impl Ground {
     ) {
         sums.rounds += 1;
         let scripts: Vec<String> = (0..self.shells).map(|_| self.script(dice)).collect();
-        let shells: Vec<_> = scripts.iter().map(|text| volfs.sh_spawn(&["dash"], text)).collect();
+        // Behind the adversary and the readers, who would wait for two hundred others otherwise.
+        let shell = &["nice", "-n", "15", "dash"];
+        let shells: Vec<_> = scripts.iter().map(|text| volfs.sh_spawn(shell, text)).collect();
         let moments: Vec<Duration> =
             (0..1 + dice.below(2)).map(|_| dice.spread(Duration::from_secs(1), Duration::from_secs(6))).collect();
         let tempers = dice.throw();
-        let began = Instant::now();
+        let (began, root, over, right) = (Instant::now(), volfs.root(), AtomicBool::new(false), AtomicUsize::new(0));
         let said = std::thread::scope(|threads| {
+            let _over = Over(&over);
+            for n in 0..READERS {
+                let (root, over, right) = (&root, &over, &right);
+                threads.spawn(move || {
+                    let mut dice = Dice::new(tempers ^ n);
+                    while !over.load(SeqCst) {
+                        right.fetch_add(usize::from(self.look(root, dice.one::<String>(&self.uuids))), SeqCst);
+                        // The shells are to have some of the machine, too.
+                        std::thread::park_timeout(Duration::from_millis(1));
+                    }
+                });
+            }
             let ended = threads.spawn(|| shells.into_iter().map(finish).collect::<Vec<_>>());
             for moment in moments {
                 let from = Instant::now();
@@ -113,11 +133,31 @@ impl Ground {
             }
             ended.join().unwrap()
         });
+        sums.right += right.load(SeqCst);
         for said in said {
             sums.done += said.out.lines().filter(|l| *l == "s 0").count();
             sums.refused += said.out.lines().filter(|l| l.starts_with("s ") && *l != "s 0").count();
             sums.right += said.out.lines().filter(|l| *l == "right").count();
         }
+    }
+
+    /// Opens `block`, between two readings of `incarnation`, and reads what is there: whether that was the
+    /// volume's own (S1).
+    fn look(&self, root: &Path, uuid: &str) -> bool {
+        let volume = root.join("volumes").join(uuid);
+        let incarnation = || fs::read_to_string(volume.join("incarnation")).ok();
+        let Some(before) = incarnation() else { return false };
+        let open = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(volume.join("block"));
+        let mut head = [0; 36];
+        if open.and_then(|block| block.read_exact_at(&mut head, 0)).is_err() || incarnation().as_ref() != Some(&before)
+        {
+            return false;
+        }
+        if head != uuid.as_bytes() {
+            let mut wrong = OpenOptions::new().create(true).append(true).open(&self.wrong).unwrap();
+            writeln!(wrong, "{uuid} {}: {:?}", before.trim_end(), String::from_utf8_lossy(&head)).unwrap();
+        }
+        head == uuid.as_bytes()
     }
 
     /// Whether another round is to come: a busy machine gets more time, until enough has happened to
@@ -134,6 +174,15 @@ impl Ground {
     /// One shell's commands. An error is an answer here, and so is a tree that is away for a moment.
     fn script(&self, dice: &mut Dice) -> String {
         script(dice, &self.uuids, self.jobs, self.wrong.to_str().unwrap())
+    }
+}
+
+/// Tells readers that it is over, also when a round fails.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, SeqCst);
     }
 }
 
@@ -219,11 +268,32 @@ impl Adversary<'_> {
                 let _ = sys::loop_clear(device.as_fd());
             }
         } else if let Some((device, _)) = self.ours(&name, self.data) {
+            // With another opener it only asks for a clear at the last close.
             let _ = sys::loop_clear(device.as_fd());
+            drop(device);
+            self.take(&name, dice);
         }
-        if all.iter().filter(|n| self.ours(n, self.junk).is_some()).count() < 2 {
+        let junk = |name: &String| {
+            let file = fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")).unwrap_or_default();
+            self.junk.iter().any(|path| file.trim_end() == path.to_str().unwrap())
+        };
+        if volfs.loops().iter().filter(|name| junk(name)).count() < JUNK {
             bind(dice.one(self.junk), dice.one::<String>(self.tags));
         }
+    }
+
+    /// Binds junk where a volume has just been, often under its name.
+    fn take(&self, name: &str, dice: &mut Dice) {
+        let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+        let (Ok(device), backing) =
+            (open(Path::new(&format!("/dev/{name}"))), open(dice.one::<PathBuf>(self.junk)).unwrap())
+        else {
+            return;
+        };
+        let mut info = LoopInfo64::zeroed();
+        info.set_file_name(dice.one::<String>(self.tags));
+        // Bound to somebody's file: EBUSY, and theirs.
+        let _ = sys::loop_configure(device.as_fd(), &backing, 512, info);
     }
 
     fn leave(&self, volfs: &Volfs) {

@@ -24,6 +24,19 @@ mod trace;
 
 use std::time::Duration;
 
+/// What a caller may be told when something below fails (contract, Errors).
+const CLEAN: [i32; 9] = [
+    libc::EIO,
+    libc::ENOSPC,
+    libc::EREMOTEIO,
+    libc::EHOSTUNREACH,
+    libc::EBUSY,
+    libc::ETIMEDOUT,
+    libc::ENODEV,
+    libc::ENODATA,
+    libc::ENOTUNIQ,
+];
+
 /// splitmix64: each number is as good as any, and a seed is all there is to remember.
 pub struct Dice(u64);
 

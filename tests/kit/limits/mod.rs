@@ -23,19 +23,6 @@ const REPLY: Duration = Duration::from_millis(1500);
 /// What a reader may be told beside the value (contract, R1, R3).
 const TOLD: [i32; 4] = [libc::ENODEV, libc::ENODATA, libc::ENOENT, libc::EHOSTUNREACH];
 
-/// What a caller may be told when something below fails (contract, Errors).
-const CLEAN: [i32; 9] = [
-    libc::EIO,
-    libc::ENOSPC,
-    libc::EREMOTEIO,
-    libc::EHOSTUNREACH,
-    libc::EBUSY,
-    libc::ETIMEDOUT,
-    libc::ENODEV,
-    libc::ENODATA,
-    libc::ENOTUNIQ,
-];
-
 fn errno(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(-1)
 }

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::{CLEAN, Replies, change, changes, health, mkdir};
+use super::{Replies, change, changes, health, mkdir};
+use crate::CLEAN;
 use crate::common::{PATIENCE, Volfs, finish, have};
 use crate::kill::Strace;
 use crate::oracle;
