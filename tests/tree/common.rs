@@ -330,7 +330,7 @@ except OSError as e: sys.exit(e.errno)"#;
     /// A job, if it is not there. On a busy machine a commit may not be told within the second that a
     /// mkdir waits for it: EIO, nothing happened, and it is made again.
     #[track_caller]
-    fn make_job(&self, job: &str) {
+    pub fn make_job(&self, job: &str) {
         let path = self.path(format!("jobs/{job}"));
         self.until("job", || match fs::create_dir(&path) {
             Ok(()) => true,
@@ -340,17 +340,29 @@ except OSError as e: sys.exit(e.errno)"#;
         });
     }
 
+    /// A command that the rest of a test stands on. On a busy machine a cloud may not be heard in time
+    /// (EHOSTUNREACH): the command is given again, and may find that it was done.
+    #[track_caller]
+    pub fn bring(&self, control: impl AsRef<Path>, command: &str) {
+        let control = control.as_ref();
+        let mut again = false;
+        self.until(command, || match self.write(control, command) {
+            0 => true,
+            libc::EEXIST if again => true,
+            libc::EHOSTUNREACH => {
+                again = true;
+                false
+            }
+            errno => panic!("{}: {command}: errno {errno}\n{}", control.display(), self.log()),
+        });
+    }
+
     /// A job with detached disks of `size`; answers their uuids in order.
     #[track_caller]
     pub fn job(&self, job: &str, disks: &[&str], size: &str) -> Vec<String> {
         self.make_job(job);
         let make = |disk: &&str| {
-            assert_eq!(
-                self.write(format!("jobs/{job}/control"), &format!("create {disk} {size}")),
-                0,
-                "{}",
-                self.log()
-            );
+            self.bring(format!("jobs/{job}/control"), &format!("create {disk} {size}"));
             let link = fs::read_link(self.path(format!("jobs/{job}/disks/{disk}"))).unwrap();
             link.file_name().unwrap().to_str().unwrap().to_owned()
         };
@@ -417,6 +429,33 @@ except OSError as e: sys.exit(e.errno)"#;
     }
 }
 
+/// A tmpfs. At its end the loop devices over it go first: without its mount the kernel shows their
+/// files below no directory, and nobody would find them again.
+pub struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    /// Mounts one there, with these options.
+    pub fn mount(at: &Path, options: &std::ffi::CStr) -> Self {
+        fs::create_dir_all(at).unwrap();
+        rustix::mount::mount("volfs-test", at, "tmpfs", rustix::mount::MountFlags::empty(), options).unwrap();
+        Tmpfs(at.to_owned())
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        unbind_below(&self.0);
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+/// Lets go of every loop device whose backing file is below `dir`.
+fn unbind_below(dir: &Path) {
+    for name in loops_below(dir) {
+        let _ = Command::new("losetup").arg("-d").arg(format!("/dev/{name}")).stderr(Stdio::null()).status();
+    }
+}
+
 /// Kernel names of loop devices whose backing file is below `dir`.
 pub fn loops_below(dir: &Path) -> Vec<String> {
     let mut found = Vec::new();
@@ -451,9 +490,7 @@ impl Drop for Volfs {
             let _ = self.terminate();
         }
         let _ = Command::new("umount").arg("-l").arg(self.root()).stderr(Stdio::null()).status();
-        for name in self.loops() {
-            let _ = Command::new("losetup").arg("-d").arg(format!("/dev/{name}")).stderr(Stdio::null()).status();
-        }
+        unbind_below(self.dir.path());
         // L9, in every test with a daemon; one that has failed already has its own words.
         if !std::thread::panicking() {
             let edges = self.edges();
