@@ -147,12 +147,41 @@ pub enum Subcommand {
         #[arg(long, value_name = "RECORD")]
         record: Option<String>,
     },
+    /// Take jobs and volumes over from a dump of the database of the daemon before volfs.
+    Import {
+        /// What mysqldump or mariadb-dump made, plain or gzip; `-`: standard input.
+        dump: PathBuf,
+        /// Say what would be done, write nothing.
+        #[arg(long)]
+        dry_run: bool,
+        /// Print the report as JSON.
+        #[arg(long)]
+        json: bool,
+        /// What makes a job: a replication job, or a VM's context.
+        #[arg(long, value_enum, value_name = "WHAT", default_value = "job")]
+        job_by: JobBy,
+        /// The dump is whole, though it has no comments that would say so.
+        #[arg(long)]
+        whole: bool,
+        /// Which database, where the dump holds several.
+        #[arg(long, value_name = "NAME")]
+        database: Option<String>,
+    },
     /// Show what would be used and try each part; changes nothing.
     Check {
         /// Where the tree would be [default: /run/volfs].
         #[arg(env = "VOLFS_MOUNTPOINT")]
         mountpoint: Option<PathBuf>,
     },
+}
+
+/// What makes a job of an import.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum JobBy {
+    /// A row of `replication_jobs`.
+    Job,
+    /// A row of `vm_replication_contexts`.
+    Context,
 }
 
 impl Subcommand {
@@ -166,7 +195,8 @@ impl Subcommand {
             | Subcommand::Adopt { .. }
             | Subcommand::Backup { .. }
             | Subcommand::Restore { .. }
-            | Subcommand::Rebuild { .. } => None,
+            | Subcommand::Rebuild { .. }
+            | Subcommand::Import { .. } => None,
         }
     }
 }

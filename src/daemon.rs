@@ -62,6 +62,7 @@ impl Daemon {
         held: Option<Held>,
     ) -> Result<(Arc<Engine>, Serving, tokio::runtime::Runtime), Problem> {
         one_heap();
+        failpoint::begin();
         failpoint::hit("daemon.start");
         let (memory, adopted) = handover.open(held)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -132,26 +133,46 @@ impl Daemon {
     /// Serves until SIGTERM, SIGINT, or until the mount is gone.
     pub fn run_until_signal(self) -> Result<(), Problem> {
         let mut ended = self.serving.ended();
+        let given_up = self.serving.given_up();
         let why = self.runtime.block_on(async {
             let mut terminate = signal(SignalKind::terminate()).map_err(|e| Problem::with("cannot hear SIGTERM", e))?;
             let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| Problem::with("cannot hear SIGINT", e))?;
             let mut kept = true;
+            let mut given_up = std::pin::pin!(given_up);
             loop {
-                break Ok::<_, Problem>(tokio::select! {
+                break Ok::<_, Problem>(Some(tokio::select! {
                     _ = terminate.recv() => "SIGTERM",
                     _ = interrupt.recv() => "SIGINT",
                     _ = ended.wait_for(Option::is_some) => "the mount is gone",
+                    () = &mut given_up => return Ok(None),
                     () = self.handover.ended(), if kept => {
                         kept = false;
                         self.engine.nobody_follows();
                         continue;
                     }
-                });
+                }));
             }
         })?;
+        let Some(why) = why else { return Err(self.give_up()) };
         tracing::info!("stopping: {why}");
         self.stop();
         Ok(())
+    }
+
+    /// Ends this connection for a new one: the next daemon adopts nothing, and mounts.
+    fn give_up(self) -> Problem {
+        let why = "requests were left that nobody would answer, the tree is mounted anew";
+        let problem = Problem(why.to_owned());
+        self.handover.problem(&problem);
+        if let Err(problem) = self.handover.forget() {
+            tracing::error!("{problem}");
+        }
+        // Were it not aborted, it would end with the last descriptor, which is this process's.
+        if let Err(error) = self.serving.abort() {
+            tracing::error!("the connection cannot be aborted: {error}");
+        }
+        self.stop();
+        problem
     }
 
     /// Ends it: parked callers are answered, the mount is taken away.

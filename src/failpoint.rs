@@ -3,12 +3,16 @@
 //! `VOLFS_FAILPOINTS="NAME=ACTION[;NAME=ACTION…]"`; actions are `kill` (SIGKILL to ourselves),
 //! `kill:PATH` (the same once PATH exists, at the hit whose number from then on it holds; empty: the
 //! first), `once:PATH` (SIGKILL once PATH exists, which is removed before), `panic`, `fail` ([`hit`] answers true), `fail:PATH` (the same while PATH exists) and
-//! `wait:PATH` (stays while PATH exists). Compiled to nothing in release builds without the feature
-//! `failpoints`.
+//! `wait:PATH` (stays while PATH exists). `VOLFS_STATUS_EDGES=FILE` has each change of a volume's
+//! status appended to FILE, so that every suite can hold them against the documented graph. Compiled
+//! to nothing in release builds without the feature `failpoints`.
 
 #[cfg(any(debug_assertions, feature = "failpoints"))]
 mod live {
     use std::collections::HashMap;
+    use std::fmt::Display;
+    use std::fs::File;
+    use std::io::Write;
     use std::path::{Path, PathBuf};
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicU64, Ordering};
@@ -86,6 +90,27 @@ mod live {
         }
     }
 
+    static EDGES: OnceLock<Option<File>> = OnceLock::new();
+
+    /// Opens what is recorded into: before descriptors or memory can be short.
+    pub fn begin() {
+        EDGES.get_or_init(|| {
+            let path = std::env::var_os("VOLFS_STATUS_EDGES").filter(|path| !path.is_empty())?;
+            let opened = File::options().create(true).append(true).open(&path);
+            // The line of a daemon that was killed may be torn where its page ended: it ends here.
+            let opened = opened.and_then(|mut file| file.write(b"\n").map(|_| file));
+            Some(opened.unwrap_or_else(|error| panic!("VOLFS_STATUS_EDGES: {}: {error}", path.display())))
+        });
+    }
+
+    /// A volume's status is another one.
+    pub fn edge(volume: &dyn Display, from: &dyn Display, to: &dyn Display) {
+        let Some(Some(file)) = EDGES.get() else { return };
+        // One write(2) of the whole line, so that a SIGKILL leaves it whole or out. One that fails (a full
+        // disk is tested, too) leaves it out, and the daemon as it is.
+        let _ = (&mut &*file).write(format!("{volume} {from} {to}\n").as_bytes());
+    }
+
     /// Acts on this thread; true when the caller is to fail.
     pub fn hit(name: &str) -> bool {
         let Some(what) = find(name) else { return false };
@@ -113,6 +138,14 @@ mod live {
 mod live {
     /// Nothing, in this build.
     #[inline(always)]
+    pub fn begin() {}
+
+    /// Nothing, in this build.
+    #[inline(always)]
+    pub fn edge(_volume: &dyn std::fmt::Display, _from: &dyn std::fmt::Display, _to: &dyn std::fmt::Display) {}
+
+    /// Nothing, in this build.
+    #[inline(always)]
     pub fn hit(_name: &str) -> bool {
         false
     }
@@ -124,4 +157,4 @@ mod live {
     }
 }
 
-pub use live::{hit, reach};
+pub use live::{begin, edge, hit, reach};

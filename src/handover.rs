@@ -82,7 +82,8 @@ impl Handover {
         fresh()
     }
 
-    fn forget(&self) -> Result<(), Problem> {
+    /// What is held is of no use to anybody: the next daemon mounts anew.
+    pub fn forget(&self) -> Result<(), Problem> {
         match self {
             Handover::Nobody => Ok(()),
             Handover::Keeper(line) => line.forget(),

@@ -27,6 +27,7 @@
 //! | [`kept`] | what outlives a daemon: its callers' requests, handles and events in a memfd | nothing of ours |
 //! | [`sys`] | ioctls without a wrapper | nothing of ours |
 //! | [`failpoint`] | named points for tests; empty in a release build | nothing of ours |
+//! | [`import`] | the dump of the database before volfs: read, decided, told; writes nothing | `model`, `store` |
 //! | [`keeper`], [`handover`], [`upgrade`] | the process that holds the mount, and how daemons follow one another | `config`, `fs`, `kept`, `start` |
 //! | [`binding`] | what a record is bound to beside itself: provider, machine, its own past | `config`, `model`, `store` |
 //! | [`config`], [`daemon`], [`start`], [`check`], [`upkeep`], [`demo`] | the program around it: the only place that knows every layer | everything |
@@ -62,6 +63,7 @@ pub mod error;
 pub mod failpoint;
 pub mod fs;
 pub mod handover;
+pub mod import;
 pub mod keeper;
 pub mod kept;
 pub mod model;

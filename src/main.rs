@@ -19,6 +19,9 @@ fn main() -> ExitCode {
         Subcommand::Backup { file } => upkeep::backup(&config, &file),
         Subcommand::Restore { file } => upkeep::restore(&config, &file),
         Subcommand::Rebuild { record } => upkeep::rebuild(&config, record.as_deref()),
+        Subcommand::Import { dump, dry_run, json, job_by, whole, database } => {
+            upkeep::import(&config, &upkeep::Import { dump, dry_run, json, job_by, whole, database })
+        }
         Subcommand::Check { .. } => check::run(&config),
     };
     match outcome {

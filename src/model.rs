@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 mod disk;
+mod graph;
 
 pub use disk::{DevNo, Disk, DiskIdentity, Holder, HolderKind, Incarnation};
+pub use graph::edge_is_documented;
 
 /// Why a text is not a name, an id or a size: the text and the rule it breaks.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -316,11 +318,17 @@ impl fmt::Display for Status {
 pub struct Mark {
     /// The record that owns the volume.
     pub record: RecordId,
-    /// Rises within the record at create, claim and move, so an old owner's mark never matches.
+    /// Rises within the record at create, claim and move, so an old owner's mark never matches. None
+    /// is 0: a record has that for a volume that was imported and not marked yet.
     pub epoch: u64,
 }
 
 impl Mark {
+    /// Whether a volume that carries `found` is this record's to change.
+    pub fn is_on(self, found: Option<Mark>) -> bool {
+        self.epoch > 0 && found == Some(self)
+    }
+
     /// Reads `RECORD/EPOCH`.
     pub fn parse(text: &str) -> Option<Self> {
         let (record, epoch) = text.split_once('/')?;

@@ -18,6 +18,10 @@ use crate::model::{
 };
 use crate::store::{self, Change, Loaded, Offline, OpRow, StoreError};
 
+mod import;
+
+pub use import::{Import, import};
+
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 fn said(error: StoreError) -> Problem {
@@ -38,15 +42,19 @@ struct Look {
 
 impl Look {
     fn open(config: &Config) -> Result<Self, Problem> {
+        // What a crash left half done in the provider is the daemon's to finish.
+        Self::making(&Config { read_only: true, ..config.clone() })
+    }
+
+    /// As [`Look::open`], of a loop store that may have to be made first.
+    fn making(config: &Config) -> Result<Self, Problem> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|e| Problem::with("cannot start worker threads", e))?;
         let text = std::fs::read_to_string(BOOT_ID).map_err(|e| Problem::with(BOOT_ID, e))?;
         let boot = BootId::parse(text.trim()).map_err(|e| Problem::with(BOOT_ID, e))?;
-        // What a crash left half done in the provider is the daemon's to finish.
-        let looking = Config { read_only: true, ..config.clone() };
-        let (cloud, here) = runtime.block_on(daemon::provider(&looking, boot))?;
+        let (cloud, here) = runtime.block_on(daemon::provider(config, boot))?;
         Ok(Look { cloud, here, boot, runtime })
     }
 

@@ -50,7 +50,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("start", &["config", "daemon", "handover", "keeper"]),
     ("upgrade", &["config", "daemon", "fs", "kept", "start"]),
     ("check", &["cloud", "config", "daemon", "devices", "engine", "model", "start", "store"]),
-    ("upkeep", &["binding", "cloud", "config", "daemon", "model", "store"]),
+    ("import", &["model", "store"]),
+    ("upkeep", &["binding", "cloud", "config", "daemon", "failpoint", "import", "model", "store"]),
     ("demo", &["config", "start", "sys"]),
     ("lib", &[]),
     ("main", &["config", "start", "check", "demo", "daemon", "upgrade", "upkeep"]),
@@ -79,6 +80,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("zeroize", &["cloud"]),
     ("clap", &["config"]),
     ("toml", &["config"]),
+    ("flate2", &["import"]),
 ];
 
 /// Layers without I/O, locks and clocks: texts that none of their code holds.

@@ -33,7 +33,7 @@ pub struct Situation<'a> {
     pub held: bool,
     /// The operation in flight: number, what it does, its canonical spelling.
     pub running: Option<(OpId, &'a Action, &'a str)>,
-    /// Our mark, as the record has it.
+    /// Our mark, as the record has it; its epoch is 0 for an imported volume that has none yet.
     pub mark: Mark,
     /// The mark last seen on it, as text.
     pub owner: &'a str,
@@ -131,7 +131,7 @@ fn by_status(s: &Situation<'_>, action: &Action) -> Verdict {
     };
     let contradiction = || deny(Error::Contradiction { volume: s.volume, why: s.why.into() });
     let not_ours = || {
-        let expected = s.mark.to_string();
+        let expected = if s.mark.epoch == 0 { "own, which it has not got yet".into() } else { s.mark.to_string() };
         if s.owner.is_empty() || s.owner == expected {
             contradiction()
         } else {
@@ -210,6 +210,8 @@ fn by_status(s: &Situation<'_>, action: &Action) -> Verdict {
         Action::Move { job } if job == s.job && s.status != Conflict => Verdict::AlreadyDone,
         Action::Move { .. } | Action::Disk { .. } => match s.status {
             Conflict => not_ours(),
+            // Both tell the cloud beside our mark.
+            Unknown if s.mark.epoch == 0 => Verdict::Reconcile,
             _ => Verdict::Start,
         },
         Action::Reconcile { .. } => Verdict::Start,

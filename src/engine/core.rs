@@ -13,6 +13,7 @@ use super::{Engine, Events, Target};
 use crate::command::{self, Action};
 use crate::devices::Pin;
 use crate::error::Error;
+use crate::failpoint;
 use crate::model::{
     Caller, DiskName, DiskRow, Fence, JobId, JobRow, MapRow, OpId, Outcome, SnapRow, Status, Timestamp, Verb, VolumeId,
     VolumeRow,
@@ -46,6 +47,8 @@ pub(super) struct Core {
     pub absent: HashMap<VolumeId, tokio::time::Instant>,
     /// Creates that ended without an answer and without a volume, and when: one may still come to light.
     pub twins: Vec<(Fence, Timestamp)>,
+    /// What is remembered of imported volumes.
+    pub imports: super::imported::Imports,
     /// The first epoch that is given by this daemon.
     pub first_epoch: u64,
     /// Epochs of its operations that ended without success: a volume may carry one all the same.
@@ -136,6 +139,7 @@ impl Core {
             making: HashSet::new(),
             absent: HashMap::new(),
             twins: Vec::new(),
+            imports: super::imported::Imports::default(),
             first_epoch: next.epoch,
             spent: BTreeSet::new(),
             contenders: HashMap::new(),
@@ -240,6 +244,7 @@ impl Core {
             }
             let (was, is) = (old.status(), volume.status());
             if was != is {
+                failpoint::edge(&volume.uuid, &was, &is);
                 volume.times.status = at;
                 self.with_job(volume.job, at, |job| job.status_at = job.status_at.max(at));
             }
@@ -539,6 +544,9 @@ impl Core {
         }
         if live.epoch > 0 && outcome != Outcome::Done {
             self.spent.insert(live.epoch);
+        }
+        if let (Target::Volume(_), Action::Claim { volume, .. }) = (live.target, &live.action) {
+            self.imports.ended(*volume, live.epoch, outcome);
         }
         // A part of a destroy gives its volume back to the destroy, which has it reserved.
         let destroying = |parent: &OpId| self.live.get(parent).is_some_and(|l| l.action.verb() == Verb::Destroy);

@@ -50,6 +50,8 @@ impl Engine {
         }
         let spelled;
         let running = match volume.running.and_then(|r| core.live.get(&r.op)) {
+            // Reconciling waits for volfs's own mark on an imported volume, and whatever needs it reconciles.
+            Some(live) if live.action.verb() == Verb::Claim && !matches!(action, Action::Release { .. }) => None,
             Some(live) => {
                 spelled = command::spell(&live.action);
                 Some((live.id, &live.action, spelled.as_str()))

@@ -78,6 +78,11 @@ impl Events {
         self.ring.lock().next
     }
 
+    /// The events that are kept, oldest first.
+    pub fn kept(&self) -> Vec<Event> {
+        self.ring.lock().kept.iter().cloned().collect()
+    }
+
     /// Adds an event; `line` gets the event's number.
     pub fn push(&self, job: Option<JobRow>, line: impl FnOnce(u64) -> String) {
         let mut ring = self.ring.lock();

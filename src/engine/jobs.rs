@@ -185,6 +185,16 @@ impl Engine {
         let answer = ticket.clone();
         let Some(engine) = self.me.upgrade() else { return Ticket::done(Err(Error::ShuttingDown)) };
         let clock = std::time::Instant::now();
+        let target = if small.verb == Verb::Mkdir { Target::Root } else { Target::Job(small.job) };
+        if let Some(silence) = self.stuck.silence() {
+            let words = format!(
+                "it has not answered for {} s, and is asked for nothing more until it does: see `health`",
+                silence.as_secs()
+            );
+            let error = Error::NotJournaled { what: format!("`{}`", small.command), words };
+            self.publish(small.give_up);
+            return self.refuse_small(target, small.verb, &caller, error);
+        }
         self.runtime.spawn(async move {
             let Small { verb, command, job, id, mut change, undo, apply, give_up } = small;
             let at = (engine.clock)();
@@ -214,16 +224,20 @@ impl Engine {
                 outcome = &mut commit => Some(outcome),
                 () = tokio::time::sleep(COMMIT_WAIT) => None,
             };
-            let target = if verb == Verb::Mkdir { Target::Root } else { Target::Job(job) };
             let fail = |words: String| Error::NotJournaled { what: format!("`{command}`"), words };
             let outcome = match outcome {
                 Some(outcome) => outcome,
                 None => {
-                    let error = fail("no answer within a second".into());
+                    let error = fail("it has not answered for a second".into());
+                    let unanswered = engine.stuck.unanswered(clock);
+                    engine.store_health(Some(&error));
                     engine.note_failure(target, verb.as_str(), &caller, &error);
                     answer.complete(Err(error));
+                    let late = commit.await;
+                    drop(unanswered);
+                    engine.store_health(late.as_ref().err().map(|error| fail(error.to_string())).as_ref());
                     // What is shown follows the record, also where that cannot be taken back.
-                    let stays = match commit.await {
+                    let stays = match late {
                         Ok(()) => engine.store.commit(undo).await.err(),
                         Err(_) => None,
                     };
@@ -352,6 +366,7 @@ impl Engine {
         }
         for (disk, volume) in volumes(self).into_iter().filter(|(_, v)| v.base == Status::Attached) {
             self.step(live, "phase 1: detach all")?;
+            self.not_held_before(row, &disk)?;
             if let Err(error) = self.part(live, &volume, Action::Detach { vm: None, force: false }).await {
                 failed.push((disk, error));
             }
@@ -360,11 +375,15 @@ impl Engine {
             return Err(Fail::clean(Error::Several { lines: failed }));
         }
         self.step(live, "phase 2: verify all")?;
+        failpoint::reach("destroy.verify").await;
         for (disk, volume) in volumes(self) {
             if volume.base == Status::Missing {
+                if let Err(fail) = self.still_missing(live, &volume, "destroy").await {
+                    failed.push((disk, fail.error));
+                }
                 continue;
             }
-            match self.look_ours(&volume, "destroy").await {
+            match self.look_before(live, &volume, "destroy").await {
                 Err(fail) => failed.push((disk, fail.error)),
                 Ok(seen) => {
                     if let Some(error) = has_snapshots(&volume) {
@@ -382,6 +401,7 @@ impl Engine {
         for (disk, volume) in volumes(self) {
             self.step(live, "phase 3: delete one after the other")?;
             failpoint::reach("destroy.between").await;
+            self.not_held_before(row, &disk)?;
             let action = Action::Delete { volume: volume.uuid, expunge: false };
             if let Err(error) = self.part(live, &volume, action).await {
                 return Err(Fail::clean(Error::Several { lines: vec![(disk, error)] }));
@@ -389,6 +409,7 @@ impl Engine {
             count += 1;
         }
         self.step(live, "forget the job")?;
+        self.not_held(row)?;
         let left = self.disks_of(row)?.len();
         if left > 0 {
             let id = self.core.lock().job_name(row).ok_or_else(|| Fail::clean(Error::Stale))?;
@@ -402,6 +423,20 @@ impl Engine {
             note: format!("{count} volumes deleted"),
             look: None,
         })
+    }
+
+    /// A `hold` that was raised since stops what takes away before its next step.
+    pub(super) fn not_held(&self, job: JobRow) -> Result<(), Fail> {
+        match self.world().jobs.get(&job) {
+            Some(job) if job.hold.0 => Err(Fail::clean(Error::Held { job: job.id.clone() })),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same, naming the disk that it stops before.
+    fn not_held_before(&self, job: JobRow, disk: &DiskName) -> Result<(), Fail> {
+        let named = |held: Fail| Fail::clean(Error::Several { lines: vec![(disk.clone(), held.error)] });
+        self.not_held(job).map_err(named)
     }
 
     /// One volume's part of a job's operation that has reserved it: journaled as its own operation.

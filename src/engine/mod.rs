@@ -35,14 +35,18 @@ mod decide;
 mod detach;
 pub mod events;
 mod host;
+mod imported;
 mod jobs;
+mod missed;
 mod operation;
+mod owed;
 mod ownership;
 mod reconcile;
 mod recovery;
 mod round;
 mod snapshots;
 mod start;
+mod stuck;
 #[cfg(test)]
 mod tests;
 pub mod ticket;
@@ -167,6 +171,8 @@ pub struct Engine {
     rounds: tokio::sync::Mutex<()>,
     rounds_ended: tokio::sync::watch::Sender<u64>,
     asked: Mutex<asked::Asked>,
+    owed: tokio::sync::Mutex<owed::Owed>,
+    stuck: stuck::Stuck,
 }
 
 type Watcher = Arc<dyn Fn(&Arc<World>) + Send + Sync>;

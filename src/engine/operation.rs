@@ -129,7 +129,7 @@ pub(super) fn may_change(seen: Option<CloudVolume>, ours: Mark) -> Result<CloudV
     if let Some(why) = &seen.carries_host {
         return refused(Refusal::Protected, why.clone());
     }
-    if seen.mark != Some(ours) {
+    if !ours.is_on(seen.mark) {
         return refused(Refusal::Mark(seen.mark), "its mark is another".into());
     }
     match pending(&seen) {
@@ -150,7 +150,7 @@ impl Engine {
     pub(super) async fn drive(self: Arc<Self>, live: Live) {
         let begin = self.op_row(&live);
         let what = begin.command.clone();
-        if let Err(error) = self.store.commit(vec![Change::OpBegin(Box::new(begin))]).await {
+        if let Err(error) = self.journal(begin).await {
             let error = not_journaled(format!("`{what}`"), error);
             self.store_health(Some(&error));
             self.publish(|core, at| {
@@ -258,21 +258,6 @@ impl Engine {
         }
     }
 
-    /// Writes an end that the record did not take: else the next start would settle what is long past.
-    pub(super) async fn end_later(self: Arc<Self>, end: Change) {
-        loop {
-            tokio::time::sleep(LOOK_AGAIN).await;
-            match self.store.commit(vec![end.clone()]).await {
-                Ok(()) => return self.store_health(None),
-                Err(StoreError::Constraint { words }) => {
-                    tracing::error!("the record refuses the end of an operation for good: {words}");
-                    return;
-                }
-                Err(error) => tracing::warn!("the record still fails: {error}"),
-            }
-        }
-    }
-
     pub(super) async fn failed(self: &Arc<Self>, live: Live, fail: Fail) {
         let Fail { error, ambiguous } = fail;
         let verb = live.action.verb();
@@ -298,7 +283,7 @@ impl Engine {
         let mut recorded = true;
         if let Err(store) = self.store.commit(changes).await {
             recorded = false;
-            self.runtime.spawn(self.clone().end_later(end));
+            self.owe(end).await;
             self.store_health(Some(&Error::NotRecorded {
                 what: format!("the end of `{verb}`"),
                 words: store.to_string(),
@@ -318,11 +303,23 @@ impl Engine {
             core.end(&live, outcome, &sentence, at);
             core.note_error(live.target, verb.as_str(), &live.caller, &error, at);
         });
-        if let Some(row) = volume {
+        for row in volume.into_iter().chain(self.left_in_doubt(&live)) {
             self.look_at(row).await;
+        }
+        if verb == Verb::Destroy {
+            // Its volumes were kept from being looked at, and one of them may be why it stopped.
+            self.round_wanted.notify_one();
         }
         self.after_snapshots(&live);
         live.ticket.complete(Err(error));
+    }
+
+    /// Volumes that a destroy's parts have left unknown: while it had them, nobody else could look.
+    fn left_in_doubt(&self, live: &Live) -> Vec<DiskRow> {
+        let (super::Target::Job(job), Verb::Destroy) = (live.target, live.action.verb()) else { return Vec::new() };
+        let world = self.world();
+        let doubted = |row: &&DiskRow| world.volumes.get(*row).is_some_and(|v| v.base == Status::Unknown);
+        world.jobs.get(&job).map_or(Vec::new(), |job| job.disks.values().filter(doubted).copied().collect())
     }
 
     /// The journal's row of an operation.
@@ -368,6 +365,7 @@ impl Engine {
             (super::Target::Volume(row), Action::Release { .. }) => self.release(live, row).await,
             (super::Target::Volume(row), Action::Move { job }) => self.move_volume(live, row, job).await,
             (super::Target::Volume(row), Action::Disk { name }) => self.rename(live, row, name).await,
+            (super::Target::Volume(row), Action::Claim { .. }) => self.claim_imported(live, row).await,
             (super::Target::Job(row), Action::Create { .. }) => self.create(live, row).await,
             (super::Target::Job(row), Action::Claim { volume, disk, from }) => {
                 self.claim(live, row, *volume, disk.clone(), *from).await
@@ -514,7 +512,7 @@ impl Engine {
             return Err(Fail::clean(Error::Protected { volume: volume.uuid, why: why.clone() }));
         }
         let expected = self.mark(volume);
-        if seen.mark != Some(expected) {
+        if !expected.is_on(seen.mark) {
             let found = seen.mark.map_or_else(|| "nobody's".into(), |m| m.to_string());
             return Err(Fail::clean(Error::NotOurs { volume: volume.uuid, found, expected: expected.to_string() }));
         }

@@ -20,7 +20,7 @@ use crate::model::{DiskName, DiskRow, JobId, JobRow, Mark, RecordId, Status, Vol
 use crate::store::Change;
 
 impl Engine {
-    fn job_of(&self, row: JobRow) -> Result<JobId, Fail> {
+    pub(super) fn job_of(&self, row: JobRow) -> Result<JobId, Fail> {
         self.core.lock().job_name(row).ok_or_else(|| Fail::clean(Error::Stale))
     }
 
@@ -193,10 +193,9 @@ impl Engine {
             None | Some(_) => {}
         }
         let telling = |e: crate::devices::DevicesError| Fail::clean(Error::CannotTell { why: e.to_string() });
-        for disk in self.candidates(volume).await.map_err(telling)? {
-            if let Some(why) = self.kernel(move |devices| devices.carries_host(&disk)).await.map_err(telling)? {
-                return Err(Fail::clean(Error::Protected { volume, why }));
-            }
+        let candidates = self.candidates(volume).await.map_err(telling)?;
+        if let Some(why) = self.carries_host(&candidates).await? {
+            return Err(Fail::clean(Error::Protected { volume, why }));
         }
         let label = Label { mark, job, disk: disk.clone() };
         self.step(live, "put our mark on it")?;
@@ -231,8 +230,10 @@ impl Engine {
                     return Err(fail);
                 }
                 match self.look_after(live, volume).await {
+                    // What is still pending has no outcome yet, whatever the look shows.
+                    Ok(Some(seen)) if seen.pending.is_some() => Err(fail),
                     Ok(Some(seen)) if seen.mark == new.map(|l| l.mark) => Ok(()),
-                    Ok(Some(seen)) if seen.mark == expect && seen.pending.is_none() => Err(Fail::clean(fail.error)),
+                    Ok(Some(seen)) if seen.mark == expect => Err(Fail::clean(fail.error)),
                     _ => Err(fail),
                 }
             }
@@ -311,7 +312,9 @@ impl Engine {
     /// The record's part of a move: a new ownership row, so that what pointed at the old one is stale.
     pub(super) fn moved(&self, live: &Live, volume: &Volume, target: JobRow) -> Done {
         let at = (self.clock)();
-        let (old, uuid, disk, epoch) = (volume.row, volume.uuid, volume.disk.clone(), live.epoch);
+        let (old, uuid, disk) = (volume.row, volume.uuid, volume.disk.clone());
+        // An imported one that is missing has got no mark, and gets one if it comes back.
+        let epoch = if volume.imported() { 0 } else { live.epoch };
         let row = self.core.lock().next_disk();
         let changes =
             vec![Change::DiskEnd { row: old }, Change::DiskAdd { row, job: target, disk, volume: uuid, epoch, at }];

@@ -19,6 +19,17 @@ pub struct Recorded {
     pub size: u64,
     /// Our mark.
     pub mark: Mark,
+    /// It was imported, and no mark of ours is known to be on it.
+    pub unmarked: Option<Unmarked>,
+}
+
+/// What is known of an imported volume beside the rest.
+#[derive(Debug, Clone, Default)]
+pub struct Unmarked {
+    /// Epochs of operations of ours that were to mark it, and ended without knowing that they did.
+    pub tried: Vec<u64>,
+    /// Why the kernel says that one of its disks carries this host.
+    pub carries_host: Option<String>,
 }
 
 /// What the cloud said when it was asked.
@@ -59,6 +70,8 @@ pub struct Finding {
     pub why: Option<String>,
     /// It was attached or detached behind our back.
     pub drift: bool,
+    /// It was imported, and nothing is in the way of our mark.
+    pub markable: bool,
 }
 
 /// Brings the three views together. `candidates` are the disks whose identity names the volume.
@@ -67,7 +80,10 @@ pub fn settle(recorded: &Recorded, cloud: &CloudView<'_>, candidates: &[Disk], r
         CloudView::Unseen => without_cloud(recorded, candidates, rules),
         CloudView::Stale => too_old(recorded, without_cloud(recorded, candidates, rules)),
         CloudView::Absent { confirmed } => absent(*confirmed, candidates),
-        CloudView::Seen(seen) => with_cloud(recorded, seen, candidates, rules),
+        CloudView::Seen(seen) => match &recorded.unmarked {
+            Some(unmarked) => imported(recorded, unmarked, seen),
+            None => with_cloud(recorded, seen, candidates, rules),
+        },
     };
     let placed = |s: Status| matches!(s, Status::Attached | Status::Remote | Status::Detached | Status::Lost);
     let drift = placed(recorded.status)
@@ -77,7 +93,7 @@ pub fn settle(recorded: &Recorded, cloud: &CloudView<'_>, candidates: &[Disk], r
 }
 
 fn found(status: Status, vm: Option<VmId>, why: Option<String>) -> Finding {
-    Finding { status, vm, device: None, why, drift: false }
+    Finding { status, vm, device: None, why, drift: false, markable: false }
 }
 
 fn conflict(vm: Option<VmId>, why: String) -> Finding {
@@ -123,6 +139,9 @@ fn without_cloud(recorded: &Recorded, candidates: &[Disk], rules: Rules) -> Find
         (Status::Detached, _, None) => found(Status::Detached, None, None),
         (Status::Remote, _, None) => found(Status::Remote, recorded.vm, None),
         (Status::Missing, _, None) => found(Status::Missing, None, Some("the cloud knew no such volume".into())),
+        _ if recorded.unmarked.is_some() => {
+            found(Status::Unknown, recorded.vm, Some("it was imported and not yet seen in the cloud".into()))
+        }
         _ => found(Status::Unknown, recorded.vm, Some("the cloud was not seen yet".into())),
     }
 }
@@ -146,7 +165,36 @@ fn size_checked(recorded: &Recorded, size: u64, disk: &Disk, rules: Rules) -> Fi
         let why = format!("/dev/{} has {} bytes, the cloud says {}", disk.name, disk.size, size);
         return conflict(Some(rules.host), why);
     }
-    Finding { status: Status::Attached, vm: Some(rules.host), device: Some(disk.clone()), why: None, drift: false }
+    Finding { device: Some(disk.clone()), ..found(Status::Attached, Some(rules.host), None) }
+}
+
+/// An imported volume, as the cloud shows it: until our mark is on it, it is served and changed by nobody here.
+/// Only a volume without a mark may get one, and one whose mark an operation of ours left on it.
+fn imported(recorded: &Recorded, unmarked: &Unmarked, seen: &CloudVolume) -> Finding {
+    let at = seen.attached.map(|a| a.vm);
+    if let Some(why) = seen.carries_host.as_ref().or(unmarked.carries_host.as_ref()) {
+        return conflict(
+            at,
+            format!("it was imported, and carries this host ({why}): it is never marked; `release` it"),
+        );
+    }
+    match seen.mark {
+        Some(mark) if mark.record != recorded.mark.record => {
+            let why =
+                format!("it was imported, and carries the mark {mark} of another record, which owns it: `release` it");
+            conflict(at, why)
+        }
+        Some(mark) if !unmarked.tried.contains(&mark.epoch) => {
+            let why =
+                format!("it was imported, and carries the mark {mark} from before: `release` it, then `claim` it");
+            conflict(at, why)
+        }
+        Some(_) | None => {
+            let why = "it was imported, and our mark is not on it yet: `error` says so if that failed, `reconcile` tries \
+                       again at once";
+            Finding { markable: true, ..found(Status::Unknown, at, Some(why.into())) }
+        }
+    }
 }
 
 fn with_cloud(recorded: &Recorded, seen: &CloudVolume, candidates: &[Disk], rules: Rules) -> Finding {

@@ -43,7 +43,7 @@ fn left(fail: Fail) -> Found {
 
 /// Whether a look shows that the cloud has done an attach or a detach that a crash left behind. Pure.
 pub(super) fn has_begun(action: &Action, seen: Option<&CloudVolume>, ours: Mark, host: VmId) -> bool {
-    let Some(seen) = seen.filter(|seen| seen.mark == Some(ours)) else { return false };
+    let Some(seen) = seen.filter(|seen| ours.is_on(seen.mark)) else { return false };
     let on = |vm: &Option<VmId>| seen.attached.is_some_and(|at| at.vm == vm.unwrap_or(host));
     match action {
         Action::Attach { vm, .. } => on(vm),
@@ -92,6 +92,8 @@ impl Engine {
             }
         };
         let place = match target {
+            // Of an imported volume: volfs's own, in a job's words.
+            Target::Volume(_) if row.verb == Verb::Claim => Place::Job,
             Target::Volume(_) => Place::Volume,
             Target::Job(_) => Place::Job,
             Target::Root => Place::Root,
@@ -118,12 +120,13 @@ impl Engine {
     }
 
     /// An unfinished operation whose object is gone, or whose command is not understood, ends here.
-    pub(super) async fn close_stray(&self, row: &OpRow) {
+    pub(super) async fn close_stray(self: &Arc<Self>, row: &OpRow) {
         let at = (self.clock)();
         let sentence = "a crash came, and what it was about is not here any more".to_owned();
         let end = Change::OpEnd { id: row.id, outcome: Outcome::Interrupted, sentence, at };
-        if let Err(error) = self.store.commit(vec![end]).await {
-            tracing::error!(operation = %row.id, "its end could not be recorded: {error}");
+        if let Err(error) = self.store.commit(vec![end.clone()]).await {
+            tracing::warn!(operation = %row.id, "its end could not be recorded yet: {error}");
+            self.owe(end).await;
         }
     }
 
@@ -179,12 +182,14 @@ impl Engine {
         }
         // The start's own round left them to their operation, and not every one of them ends with a
         // status that was looked at. By uuid: a move gives another row.
-        for volume in volumes {
-            let row = self.world().by_uuid.get(&volume).copied();
+        for volume in &volumes {
+            let row = self.world().by_uuid.get(volume).copied();
             if let Some(row) = row {
                 self.look_at(row).await;
             }
         }
+        // Volfs's own command has no caller who gives it again.
+        self.mark_imported(|v| volumes.contains(&v.uuid), true);
     }
 
     /// The volumes that an operation on this object keeps from being reconciled.
@@ -209,7 +214,7 @@ impl Engine {
         let end = Change::OpEnd { id: live.id, outcome: Outcome::Interrupted, sentence: sentence.clone(), at };
         if let Err(error) = self.store.commit(vec![end.clone()]).await {
             let words = error.to_string();
-            self.runtime.spawn(self.clone().end_later(end));
+            self.owe(end).await;
             self.store_health(Some(&Error::NotRecorded { what: "the end of an interrupted operation".into(), words }));
         }
         self.publish(|core, at| core.end(&live, Outcome::Interrupted, &sentence, at));
@@ -347,7 +352,7 @@ impl Engine {
                 }
             }
             Action::Resize { size } => match &seen {
-                Some(seen) if seen.size >= *size && seen.mark == Some(ours) => {
+                Some(seen) if seen.size >= *size && ours.is_on(seen.mark) => {
                     finish(self.resize(live, row, seen.size).await)
                 }
                 _ => Found::NotBegun,
@@ -362,8 +367,9 @@ impl Engine {
                 }
                 Some(_) => Found::NotBegun,
             },
+            // No mark is taken off an imported one: that there is none says nothing.
             Action::Release { .. } => match &seen {
-                Some(seen) if seen.mark.is_none() && volume.recorded != Status::Conflict => {
+                Some(seen) if !volume.imported() && seen.mark.is_none() && volume.recorded != Status::Conflict => {
                     Found::Finish(Box::new(self.released(&volume, "done before a crash".into())))
                 }
                 _ => Found::NotBegun,
@@ -377,7 +383,7 @@ impl Engine {
                     }
                     // Our old mark was taken off for the new one: without it the volume is nobody's. One
                     // that was given up since is.
-                    (Some(seen), Some(target)) if seen.mark.is_none() => {
+                    (Some(seen), Some(target)) if !volume.imported() && seen.mark.is_none() => {
                         match self.cloud.half_exchanged(volume.uuid, self.record).await {
                             Ok(true) => {}
                             Ok(false) => return Found::NotBegun,
@@ -396,7 +402,13 @@ impl Engine {
             // Nothing is taken away, and it cannot be told whether the name beside the mark is the
             // new one already: said again, and recorded.
             Action::Disk { name } => match &seen {
-                Some(seen) if seen.mark == Some(ours) => finish(self.rename(live, row, name).await),
+                Some(seen) if ours.is_on(seen.mark) => finish(self.rename(live, row, name).await),
+                _ => Found::NotBegun,
+            },
+            Action::Claim { .. } => match &seen {
+                Some(seen) if seen.mark == Some(Mark { record: self.record, epoch: live.epoch }) => {
+                    finish(self.claim_imported(live, row).await)
+                }
                 _ => Found::NotBegun,
             },
             _ => Found::NotBegun,

@@ -71,14 +71,22 @@ impl Engine {
     /// Compares one volume's three views; `None` when nothing has changed.
     async fn compare(&self, before: Arc<Volume>, cloud: &CloudView<'_>, disks: &[Disk]) -> Option<Settled> {
         let candidates: Vec<Disk> = disks.iter().filter(|d| d.identity.names(before.uuid)).cloned().collect();
+        let unmarked = match before.imported() {
+            true => Some(self.unmarked(before.uuid, &candidates).await?),
+            false => None,
+        };
         let recorded = Recorded {
             status: before.base,
             vm: before.vm,
             mapped: before.mapping.as_ref().map(|m| m.incarnation),
             size: before.size,
             mark: self.mark(&before),
+            unmarked,
         };
         let mut finding = settle(&recorded, cloud, &candidates, self.rules());
+        if before.imported() {
+            self.core.lock().imports.judged(before.row, finding.markable);
+        }
         if finding.status == Status::Conflict {
             // Without a mapping nothing else ties these names to the volume.
             // Volumes that share a serial contend for the same disk.
@@ -238,6 +246,9 @@ impl Engine {
     }
 
     async fn settle_place(&self, row: DiskRow) -> Result<(), Error> {
+        let this = |v: &Volume| v.row == row;
+        // Its outcome is what the look finds.
+        let _ = self.marking(this).await;
         self.look_at(row).await;
         let volume = self.world().volumes.get(&row).cloned().ok_or(Error::Departed)?;
         let waits_for_second_look =
@@ -246,9 +257,18 @@ impl Engine {
             tokio::time::sleep(self.absence_gap()).await;
             self.look_at(row).await;
         }
+        self.mark_imported(this, true);
+        let marked = self.marking(this).await;
         let volume = self.world().volumes.get(&row).cloned().ok_or(Error::Departed)?;
         match volume.base {
-            Status::Unknown | Status::Conflict if volume.running.is_none() => Err(not_settled(&volume)),
+            Status::Unknown | Status::Conflict if volume.running.is_none() => Err(match marked {
+                Err(error) if volume.base == Status::Unknown => Error::NotSettled {
+                    volume: volume.uuid,
+                    status: volume.base,
+                    why: format!("it was imported, and our mark could not be put on it: {error}"),
+                },
+                _ => not_settled(&volume),
+            }),
             _ => Ok(()),
         }
     }
@@ -267,6 +287,9 @@ impl Engine {
             tokio::time::sleep(self.absence_gap()).await;
             self.round().await?;
         }
+        self.mark_imported(concerned, true);
+        // Each volume says for itself whether it is settled now.
+        let _ = self.marking(concerned).await;
         let rows: Vec<DiskRow> = self.world().volumes.values().filter(|v| concerned(v)).map(|v| v.row).collect();
         self.settle_snapshots(&rows).await?;
         let world = self.world();
@@ -370,7 +393,10 @@ impl Engine {
         }
         self.apply(settled).await;
         let answer = match answer {
-            Ok(volumes) => Some(volumes),
+            Ok(volumes) => {
+                self.mark_imported(|_| true, false);
+                Some(volumes)
+            }
             Err(error) => {
                 self.publish(|core, at| core.age_views(at, self.interval));
                 return Err(Error::CloudUnreachable { what: "reconciling".into(), words: error.to_string() });

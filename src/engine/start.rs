@@ -51,6 +51,9 @@ impl Engine {
             core.world.health.devices = Component::Down(error.to_string().into());
         }
         core.fill(&loaded, &disks.unwrap_or_default(), &*devices, about.host, at);
+        if core.continued {
+            core.tell_missed(&options.events.kept(), &loaded);
+        }
         let unfinished: Vec<OpRow> = loaded.unfinished.clone();
         let world = Arc::new(core.world.clone());
         let asked = Mutex::new(Asked::ended(&options.asked, &loaded));
@@ -80,7 +83,11 @@ impl Engine {
             rounds: tokio::sync::Mutex::new(()),
             rounds_ended: tokio::sync::watch::Sender::new(0),
             asked,
+            owed: tokio::sync::Mutex::default(),
+            stuck: super::stuck::Stuck::default(),
         });
+        // What was missed comes before what is new.
+        engine.publish(|_, _| ());
         if engine.truth.refusing().is_none() {
             for row in unfinished {
                 match engine.take_over(&row) {
@@ -212,6 +219,9 @@ impl Core {
                 if op.verb == Verb::Create && matches!(row.outcome, Outcome::Ambiguous | Outcome::Interrupted) {
                     self.twins.push((op.fence, ended));
                 }
+                if let (Verb::Claim, Some(volume)) = (op.verb, op.volume) {
+                    self.imports.tried(volume, op.epoch(), row.outcome);
+                }
                 let job = op.job.filter(|row| self.world.jobs.contains_key(row));
                 // What is gone from a directory is known by the operation that took it away.
                 if let (Verb::DeleteSnapshot, Outcome::Done, Some(volume)) = (row.verb, row.outcome, row.volume)
@@ -288,9 +298,15 @@ fn from_record(
     volume.serial = words.one(&loaded.serial);
     volume.cloud_state = words.one(&loaded.cloud_state);
     volume.device_id = loaded.device_id;
-    volume.owner = crate::model::Mark { record, epoch: loaded.epoch }.to_string().into();
+    let imported = volume.imported();
+    if !imported {
+        volume.owner = crate::model::Mark { record, epoch: loaded.epoch }.to_string().into();
+    }
     volume.vm = loaded.mapping.as_ref().map(|m| m.vm);
-    volume.why = Some(words.one("volfs has just started, and has not looked yet"));
+    volume.why = Some(words.one(match imported {
+        true => "it was imported and not yet seen in the cloud",
+        false => "volfs has just started, and has not looked yet",
+    }));
     volume.times = Times {
         owned: loaded.at,
         status: loaded.status_at,
@@ -301,7 +317,7 @@ fn from_record(
         history: loaded.at,
         snapshots: loaded.at,
     };
-    let mapped = loaded.mapping.as_ref().filter(|m| m.vm == host && loaded.status == Status::Attached);
+    let mapped = loaded.mapping.as_ref().filter(|m| m.vm == host && loaded.status == Status::Attached && !imported);
     if let Some((row, device)) = mapped.and_then(|m| Some((m, m.device.as_ref()?))) {
         let own: Vec<&Disk> = disks.iter().filter(|d| d.identity.names(loaded.volume)).collect();
         if let [disk] = own.as_slice()

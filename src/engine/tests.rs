@@ -4,6 +4,7 @@
 mod admission;
 mod cloud;
 mod fakes;
+mod imported;
 mod jobs;
 mod model;
 mod operations;

@@ -213,8 +213,10 @@ impl Engine {
         match answer {
             Ok(()) => Ok(()),
             Err(fail) if fail.ambiguous => match self.look_after(live, volume.uuid).await {
+                // What is still pending has no outcome yet, whatever the look shows.
+                Ok(Some(seen)) if seen.pending.is_some() => Err(fail),
                 Ok(Some(seen)) if seen.attached.is_some_and(|a| a.vm == vm) => Ok(()),
-                Ok(Some(seen)) if seen.attached.is_none() && seen.pending.is_none() => Err(Fail::clean(fail.error)),
+                Ok(Some(seen)) if seen.attached.is_none() => Err(Fail::clean(fail.error)),
                 _ => Err(fail),
             },
             Err(fail) => Err(fail),
@@ -493,8 +495,10 @@ impl Engine {
         if let Some(names) = names_of_ours(&volume) {
             note = format!("{note}; its snapshots may be there still: {names}");
         }
-        if volume.base != Status::Missing {
-            self.step(live, "look at the volume in the cloud")?;
+        self.step(live, "look at the volume in the cloud")?;
+        if volume.base == Status::Missing {
+            self.still_missing(live, &volume, &what).await?;
+        } else {
             let seen = self.look_before(live, &volume, &what).await?;
             if let Some(at) = seen.attached {
                 return Err(Fail::clean(Error::AttachedElsewhere { volume: volume.uuid, vm: at.vm }));
@@ -512,19 +516,23 @@ impl Engine {
             let call = self.call(live);
             let delete = |seen: CloudVolume| {
                 let call = &call;
-                let uuid = volume.uuid;
+                let volume = &volume;
                 async move {
+                    // The look may have been long ago by now: calls that are refused for a while are said again.
+                    if let Err(held) = self.not_held(volume.job) {
+                        return Ok(Err(held));
+                    }
                     match seen.attached {
                         Some(at) => Err(CloudError::Refused {
                             why: Refusal::Conflict,
                             words: format!("it is attached to VM {} meanwhile", at.vm),
                         }),
-                        None => self.cloud.delete(call, uuid, expunge).await,
+                        None => self.cloud.delete(call, volume.uuid, expunge).await.map(Ok),
                     }
                 }
             };
             let deleting = self.guarded(live, &volume, &what, Some(seen), delete);
-            let until = match deleting.await {
+            let until = match deleting.await.and_then(|deleted| deleted) {
                 Ok(until) => until,
                 Err(fail) if fail.ambiguous => match self.look_after(live, volume.uuid).await {
                     Ok(None) if self.sees_us().await => None,
@@ -536,6 +544,28 @@ impl Engine {
             note = until.map_or_else(|| "expunged".into(), |t| format!("recoverable until {t}"));
         }
         Ok(self.gone(&volume, note))
+    }
+
+    /// Goes on with a missing volume only if it is missing at this moment: what was confirmed once may
+    /// have come back since, and a record that forgets it leaves it to nobody.
+    pub(super) async fn still_missing(&self, live: &Live, volume: &Volume, what: &str) -> Result<(), Fail> {
+        let (uuid, status) = (volume.uuid, Status::Missing);
+        let looked = self.patiently(live, what, Some(uuid), || self.cloud.find(uuid)).await;
+        if let Some(seen) = looked.map_err(|fail| Fail::clean(fail.error))? {
+            self.held_against(std::slice::from_ref(&seen));
+            let way_out = "but the cloud shows it again, so it is not forgotten: `reconcile` it, then repeat this";
+            return Err(Fail::clean(Error::WrongStatus { volume: uuid, status, way_out }));
+        }
+        if !self.sees_us().await {
+            let why = "the cloud shows neither it nor this host's own VM, so that proves nothing".into();
+            return Err(Fail::clean(Error::NotSettled { volume: uuid, status, why }));
+        }
+        let here = self.candidates(uuid).await.map_err(|e| Fail::clean(Error::CannotTell { why: e.to_string() }))?;
+        if let Some(disk) = here.first() {
+            let why = format!("/dev/{} carries its identity, but the cloud knows no such volume", disk.name);
+            return Err(Fail::clean(Error::Contradiction { volume: uuid, why }));
+        }
+        Ok(())
     }
 
     /// The record's end of a volume that the cloud has no more.

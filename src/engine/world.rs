@@ -121,7 +121,7 @@ pub struct Volume {
     pub job: JobRow,
     /// By what name.
     pub disk: DiskName,
-    /// The epoch of our mark on it.
+    /// The epoch of our mark on it; 0: it was imported, and no mark of ours is on it yet.
     pub epoch: u64,
     /// The settled status: what admission decides by.
     pub base: Status,

@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use uuid::Uuid;
@@ -24,6 +25,7 @@ use super::inner::{Inner, Who};
 use super::node::Node;
 use crate::engine::{Asker, Earlier};
 use crate::error::Errno;
+use crate::failpoint;
 use crate::kept::{self, Asked, Kept, Memory, UNIQUE_MASK};
 use crate::model::{Caller, Fence};
 
@@ -31,7 +33,6 @@ use crate::model::{Caller, Fence};
 const RESENT: u64 = !UNIQUE_MASK;
 
 /// What was there before this daemon.
-#[derive(Default)]
 pub struct Before {
     pub memory: Option<Arc<Memory>>,
     /// Serials of `control` below this were given.
@@ -40,6 +41,19 @@ pub struct Before {
     pub resends: bool,
     /// Requests without an answer, by number, with their places in the memory.
     pub requests: Mutex<HashMap<u64, (u64, Asked)>>,
+    /// Beginnings and ends of handlers.
+    pub handled: AtomicU64,
+    /// The lowest number that a handler got: what is below it is the daemon before's.
+    pub lowest: AtomicU64,
+}
+
+/// A handler at work.
+pub struct Handled<'a>(&'a AtomicU64);
+
+impl Drop for Handled<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 /// A command about to be submitted.
@@ -90,6 +104,11 @@ impl RawReply {
     }
 }
 
+/// Answers EIO to that number; whether somebody had waited for it.
+pub fn unanswered(mut fuse: &File, unique: u64) -> bool {
+    fuse.write_all(&header(16, -libc::EIO, unique)).is_ok()
+}
+
 /// Has the kernel send every request again that was read and not answered (kernel 6.9 and later).
 pub fn resend(fuse: &File) -> io::Result<()> {
     const NOTIFY_RESEND: i32 = 7;
@@ -129,11 +148,21 @@ impl Inner {
         Ask { asker: Asker { caller, fence }, kept, earlier, waited }
     }
 
-    /// The last request that a handler got: for a successor, where it would not be sent again.
-    pub fn handling(&self, unique: u64) {
+    /// A handler has got this request, until the answer is dropped. A successor is told, where it would
+    /// not be sent again.
+    pub fn handling(&self, unique: u64) -> Handled<'_> {
         if let (false, Some(memory)) = (self.before.resends, &self.before.memory) {
             memory.last(unique);
         }
+        self.before.lowest.fetch_min(unique & UNIQUE_MASK, Ordering::SeqCst);
+        self.before.handled.fetch_add(1, Ordering::SeqCst);
+        Handled(&self.before.handled)
+    }
+
+    /// How many handlers have begun, and have ended: the same number twice is a moment without one at
+    /// work, or with one that did not end.
+    pub fn handled(&self) -> u64 {
+        self.before.handled.load(Ordering::SeqCst)
     }
 
     /// Keeps a request that waits for something else, where it would not be sent again.
@@ -147,6 +176,10 @@ impl Inner {
 
     fn remember(&self, node: Node, who: Who, caller: &Caller, fence: Option<Uuid>, command: Option<&[u8]>) -> Kept {
         let Some(memory) = &self.before.memory else { return Kept::nothing() };
+        // As when its places are all taken.
+        if failpoint::hit("keep.full") {
+            return Kept::nothing();
+        }
         memory.ask(&Asked {
             unique: who.unique,
             node: node.id(),

@@ -31,6 +31,7 @@ mod node;
 mod notify;
 mod render;
 mod tree;
+mod unanswered;
 mod waiters;
 
 #[cfg(test)]
@@ -75,7 +76,7 @@ impl Fs {
     /// Runs a handler. A panic would end the session's loop and leave a dead mount; as it is, the
     /// reply is dropped, which answers EIO.
     fn guard(&self, req: &Request, what: &str, handler: impl FnOnce()) {
-        self.inner.handling(req.unique().0);
+        let _handled = self.inner.handling(req.unique().0);
         if catch_unwind(AssertUnwindSafe(handler)).is_err() {
             tracing::error!("the handler of {what} panicked; its caller got EIO");
         }

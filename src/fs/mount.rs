@@ -22,7 +22,7 @@ use super::core::Core;
 use super::inner::Inner;
 use super::tree::ExportNames;
 use super::waiters::Waiters;
-use super::{Fs, notify};
+use super::{Fs, notify, unanswered};
 use crate::failpoint;
 use crate::kept::{Connection, Left, Memory};
 
@@ -116,6 +116,7 @@ pub struct Serving {
     finished: Mutex<mpsc::Receiver<()>>,
     request_timeout: Option<Duration>,
     fuse: File,
+    given_up: Option<watch::Receiver<bool>>,
 }
 
 /// A mount that the daemon before has left alive.
@@ -174,6 +175,8 @@ pub fn serve(
         serial: adopted.as_ref().map(|a| a.left.serial).filter(|serial| *serial > 0),
         resends: adopted.as_ref().map_or_else(resends, |a| a.connection.resends),
         requests: Mutex::default(),
+        handled: AtomicU64::default(),
+        lowest: AtomicU64::new(u64::MAX),
     };
     let inner = Arc::new(Inner::new(core, exports, options.gid, waiters, before));
     let parts = Parts { inner, path, request_timeout };
@@ -259,6 +262,7 @@ impl Parts {
             }
         }
         let requests = left.requests.len();
+        let known = left.requests.iter().map(|(_, asked)| asked.unique).collect();
         let fuse = Arc::new(fuse);
         if connection.resends {
             let places = left.requests.into_iter().map(|(place, asked)| (asked.unique, (place, asked)));
@@ -278,8 +282,14 @@ impl Parts {
             connection.mountpoint.display(),
             left.handles.len()
         );
-        let own = fuse.try_clone().map_err(system("cannot keep /dev/fuse"))?;
-        self.serving(connection.device, session, own)
+        let keep = || fuse.try_clone().map_err(system("cannot keep /dev/fuse"));
+        let (own, watched) = (keep()?, keep()?);
+        let mut serving = self.serving(connection.device, session, own)?;
+        if !connection.resends {
+            let watch = unanswered::Watch { fuse: watched, device: serving.device.clone(), last: left.last, known };
+            serving.given_up = Some(watch.start(&inner).map_err(system("cannot start a thread"))?);
+        }
+        Ok(serving)
     }
 
     fn serving(self, device: String, session: Session<Fs>, fuse: File) -> Result<Serving, MountError> {
@@ -287,7 +297,7 @@ impl Parts {
         let (ended, thread, finished) = started.map_err(system("cannot start a thread"))?;
         let Parts { inner, path: mountpoint, request_timeout } = self;
         let finished = Mutex::new(finished);
-        Ok(Serving { inner, mountpoint, device, ended, thread, finished, request_timeout, fuse })
+        Ok(Serving { inner, mountpoint, device, ended, thread, finished, request_timeout, fuse, given_up: None })
     }
 }
 
@@ -367,6 +377,25 @@ impl Serving {
     /// from outside, aborted): then the daemon has nothing to serve any more.
     pub fn ended(&self) -> Ended {
         self.ended.clone()
+    }
+
+    /// Resolves when requests of the daemon before are left that nobody would answer: this connection
+    /// is to be aborted, and the tree mounted anew.
+    pub fn given_up(&self) -> impl Future<Output = ()> + use<> {
+        let watched = self.given_up.clone();
+        async move {
+            if let Some(mut watched) = watched
+                && watched.wait_for(|given_up| *given_up).await.is_ok()
+            {
+                return;
+            }
+            std::future::pending().await
+        }
+    }
+
+    /// Ends the connection at once: whatever waits in it gets an error. [`Serving::stop`] follows.
+    pub fn abort(&self) -> io::Result<()> {
+        unanswered::abort(&self.device)
     }
 
     /// Answers all that waits, unmounts lazily if the mount is still ours, and joins the session

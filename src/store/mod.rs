@@ -81,8 +81,10 @@ pub enum Change {
     VolumeStatus { volume: VolumeId, status: Status, at: Timestamp },
     /// Deleted: marked so with its time, never dropped.
     VolumeGone { volume: VolumeId, at: Timestamp },
-    /// A job takes ownership.
+    /// A job takes ownership; with epoch 0 of an imported volume, which carries no mark of ours yet.
     DiskAdd { row: DiskRow, job: JobRow, disk: DiskName, volume: VolumeId, epoch: u64, at: Timestamp },
+    /// An imported volume's ownership, until then of epoch 0, gets the epoch of the mark that is on it now.
+    DiskMarked { row: DiskRow, epoch: u64 },
     /// The disk's name changes.
     DiskRename { row: DiskRow, disk: DiskName, at: Timestamp },
     /// The ownership ends; the row goes.
@@ -131,6 +133,7 @@ impl Change {
             | Change::OpEnd { at, .. } => *at = now,
             Change::VolumeFacts { .. }
             | Change::DiskEnd { .. }
+            | Change::DiskMarked { .. }
             | Change::MappingEnd { .. }
             | Change::SnapshotAdd { .. }
             | Change::OpBegin(_)
@@ -232,6 +235,7 @@ pub struct DiskLoaded {
     pub row: DiskRow,
     pub job: JobRow,
     pub disk: DiskName,
+    /// That of the mark; 0 for an imported volume that carries none yet.
     pub epoch: u64,
     /// When this ownership began, or the disk was renamed.
     pub at: Timestamp,

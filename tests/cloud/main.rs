@@ -8,6 +8,7 @@ mod answers;
 mod check;
 #[path = "../tree/common.rs"]
 mod common;
+mod destroy;
 mod drift;
 mod failover;
 mod faults;
@@ -22,3 +23,5 @@ mod side_by_side;
 mod site;
 mod snapshots;
 mod two;
+#[path = "../tree/whole.rs"]
+mod whole;

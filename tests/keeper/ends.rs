@@ -1,12 +1,14 @@
 //! Daemons that die at once, a keeper that dies, and the ends of both.
 
 use std::fs;
+use std::path::PathBuf;
+use std::process::Child;
 use std::time::Duration;
 
-use crate::common::{PATIENCE, finish};
-use crate::{kept, next_after};
+use crate::common::{PATIENCE, Volfs, finish};
+use crate::{kept, next_after, outcomes};
 
-fn mounted(volfs: &crate::common::Volfs) -> bool {
+fn mounted(volfs: &Volfs) -> bool {
     fs::read_to_string("/proc/self/mountinfo").unwrap().contains(&format!(" {} ", volfs.root().display()))
 }
 
@@ -104,4 +106,81 @@ fn a_caller_of_the_dead_daemon_can_be_killed_at_any_time() {
     parked.wait().unwrap();
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     fs::remove_file(&held).unwrap();
+}
+
+/// One that parks `attach` before its call while HOLD is there, and whose memory is full while FULL is,
+/// on a kernel that sends nothing again.
+fn parking(more: &str) -> (Volfs, PathBuf, PathBuf) {
+    let mut volfs = kept(&[], true);
+    let (hold, full) = (volfs.scratch("hold"), volfs.scratch("full"));
+    let points = format!(
+        "keep.no-resend=fail;attach.before-call=wait:{};keep.full=fail:{}{more}",
+        hold.display(),
+        full.display()
+    );
+    volfs.set_env(&[("VOLFS_FAILPOINTS", &points)]);
+    volfs.launch();
+    volfs.job("a", &["d", "e"], "1M");
+    fs::write(&hold, "").unwrap();
+    (volfs, hold, full)
+}
+
+fn park(volfs: &Volfs, disk: &str, now: usize) -> Child {
+    let shell = volfs.sh_spawn(&["dash"], &format!("echo attach > $R/jobs/a/disks/{disk}/control"));
+    let parked = format!("attaching={now}");
+    volfs.until("a parked attach", || volfs.read("jobs/a/status").is_ok_and(|s| s.contains(&parked)));
+    shell
+}
+
+#[test]
+fn a_request_that_no_daemon_can_answer_ends_the_connection_and_the_tree_is_mounted_anew() {
+    let (volfs, hold, full) = parking(";keep.no-sweep=fail");
+    let known = park(&volfs, "e", 1);
+    fs::write(&full, "").unwrap();
+    let lost = park(&volfs, "d", 2);
+    fs::remove_file(&full).unwrap();
+    let next = next_after(&volfs, volfs.kill_kept());
+    // Neither is answered by what it waits for: the hold is still there.
+    let (lost, known) = (finish(lost), finish(known));
+    assert!(lost.status != 0 && known.status != 0, "freed with an error: {lost:?} {known:?}\n{}", volfs.log());
+    volfs.until("a tree that was mounted anew", || {
+        volfs.kept_pid().is_some_and(|pid| pid != next) && volfs.read("version").is_ok()
+    });
+    assert!(volfs.log().contains("not known here and would wait for ever"), "{}", volfs.log());
+    let at = format!(" {} ", volfs.root().display());
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert_eq!(mounts.lines().filter(|line| line.contains(&at)).count(), 1, "{mounts}");
+    // No operation is lost with its caller, and none is done twice.
+    fs::remove_file(&hold).unwrap();
+    volfs.until("settled", || volfs.value("jobs/a/status").starts_with("idle "));
+    for disk in ["d", "e"] {
+        assert_eq!(volfs.write(format!("jobs/a/disks/{disk}/control"), "attach"), 0, "{}", volfs.log());
+        let done = outcomes(&volfs, "attach", disk).iter().filter(|outcome| *outcome == "done").count();
+        assert_eq!(done, 1, "{disk}\n{}", volfs.log());
+    }
+    assert_eq!(volfs.loops().len(), 2);
+}
+
+#[test]
+fn a_request_that_no_daemon_knows_any_more_is_answered_and_a_busy_connection_goes_on() {
+    let (volfs, hold, full) = parking("");
+    let known = park(&volfs, "e", 1);
+    fs::write(&full, "").unwrap();
+    let lost = park(&volfs, "d", 2);
+    fs::remove_file(&full).unwrap();
+    let reading = "n=0; while [ $n -lt 150 ]; do cat $R/table $R/jobs/a/status; n=$((n + 1)); done >/dev/null 2>&1";
+    let readers: Vec<Child> = (0..8).map(|_| volfs.sh_spawn(&["dash"], reading)).collect();
+    let next = next_after(&volfs, volfs.kill_kept());
+    let lost = finish(lost);
+    assert!(lost.status != 0 && lost.err.contains("Input/output error") || lost.err.contains("I/O"), "{lost:?}");
+    for reader in readers {
+        finish(reader);
+    }
+    volfs.until("the end of the watch", || volfs.log().contains("is answered or waits here"));
+    fs::remove_file(&hold).unwrap();
+    assert_eq!(finish(known).status, 0, "{}", volfs.log());
+    assert_eq!(volfs.kept_pid(), Some(next), "{}", volfs.log());
+    // Nothing of it had begun, and it is not done behind its caller's back.
+    volfs.until("settled", || volfs.value("jobs/a/status") == "idle detached=1 attached=1");
+    assert_eq!((outcomes(&volfs, "attach", "d"), volfs.loops().len()), (vec!["interrupted".to_owned()], 1));
 }

@@ -9,6 +9,7 @@ mod ends;
 mod finished;
 mod handles;
 mod manager;
+mod missed;
 mod storm;
 mod upgrade;
 

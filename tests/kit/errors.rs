@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::common::{PATIENCE, Volfs, have};
 use super::kill::Strace;
 use super::oracle::{self, View};
-use super::{Dice, figures, seed};
+use super::{CLEAN, Dice, figures, seed};
 
 /// What may fail and how. The short form has the first errno at each place, which nothing absorbs as the
 /// reserve does ENOSPC, and here and there another one.
@@ -31,19 +31,6 @@ const CALLS: [(&str, &[&str], bool); 13] = [
     ("statx", &["EIO"], false),
     ("getdents64", &["EIO"], false),
     ("ftruncate", &["EIO", "ENOSPC"], false),
-];
-
-/// What a caller may be told when something below fails (contract, Errors).
-const CLEAN: [i32; 9] = [
-    libc::EIO,
-    libc::ENOSPC,
-    libc::EREMOTEIO,
-    libc::EHOSTUNREACH,
-    libc::EBUSY,
-    libc::ETIMEDOUT,
-    libc::ENODEV,
-    libc::ENODATA,
-    libc::ENOTUNIQ,
 ];
 
 #[derive(Default, Debug)]

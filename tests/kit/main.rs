@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod churn;
+mod churn_cloud;
 #[path = "../tree/common.rs"]
 mod common;
 mod errors;
@@ -22,6 +23,19 @@ mod site;
 mod trace;
 
 use std::time::Duration;
+
+/// What a caller may be told when something below fails (contract, Errors).
+const CLEAN: [i32; 9] = [
+    libc::EIO,
+    libc::ENOSPC,
+    libc::EREMOTEIO,
+    libc::EHOSTUNREACH,
+    libc::EBUSY,
+    libc::ETIMEDOUT,
+    libc::ENODEV,
+    libc::ENODATA,
+    libc::ENOTUNIQ,
+];
 
 /// splitmix64: each number is as good as any, and a seed is all there is to remember.
 pub struct Dice(u64);

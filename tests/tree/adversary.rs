@@ -109,11 +109,17 @@ impl Scene<'_> {
         let Ok(file) = open(&path) else { return Ok(()) };
         self.opened.fetch_add(1, SeqCst);
         let Ok(seq) = sys::disk_seq(file.as_fd()) else { return Err(format!("{} is no disk", path.display())) };
+        let mut unbound = false;
         let found = match sys::loop_status(file.as_fd()) {
             Ok(info) if (info.lo_device, info.lo_inode) == victim.file && info.file_name() == tag(&victim.uuid) => None,
             Ok(info) => Some(format!("inode {} tag {:?}", info.lo_inode, info.file_name())),
-            // No disk at all: nothing is read or written by mistake, but with a pin it cannot be.
-            Err(e) if self.pinned => Some(e.to_string()),
+            // No disk at all, so nothing is read or written by mistake. While the mapping stands its pin makes
+            // that impossible; it may end (the adversary's clear was seen) between the kernel's GETATTR of the
+            // node and its open of the device.
+            Err(e) if self.pinned => {
+                unbound = e.raw_os_error() == Some(libc::ENXIO);
+                Some(e.to_string())
+            }
             Err(_) => {
                 self.empty.fetch_add(1, SeqCst);
                 return Ok(());
@@ -123,7 +129,7 @@ impl Scene<'_> {
         let same = before.is_some() && before == after;
         let undisturbed = detaching.is_multiple_of(2) && victim.detaching.load(SeqCst) == detaching;
         if let Some(found) = found {
-            if if way == 0 { same } else { undisturbed } {
+            if if way == 0 || unbound { same } else { undisturbed } {
                 let inode = victim.file.1;
                 return Err(format!("{} of {} (inode {inode}) opened {found}", path.display(), victim.uuid));
             }

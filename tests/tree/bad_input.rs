@@ -5,9 +5,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use super::common::Volfs;
+use super::common::{Tmpfs, Volfs};
 
 /// Bytes for a fuzzed command: words of the grammar, out of order, cut, doubled, and noise.
 struct Fuzz(u64);
@@ -200,28 +199,15 @@ fn bad_input_as_a_record_is_refused_by_name_and_left_as_it_was() {
     assert_eq!(volfs.value("jobs/j/disks/d/status"), "detached");
 }
 
-/// The state directory on a small filesystem of its own.
-struct Small(PathBuf);
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn bad_input_of_a_full_disk_is_enospc_and_nothing_acknowledged_is_lost() {
     let mut volfs = Volfs::prepare(&[], "");
-    let small = Small(volfs.state());
-    fs::create_dir(&small.0).unwrap();
-    let mounted =
-        Command::new("mount").args(["-t", "tmpfs", "-o", "size=4m,mode=700", "volfs-test"]).arg(&small.0).status();
-    assert!(mounted.unwrap().success());
+    let small = Tmpfs::mount(&volfs.state(), c"size=4m,mode=700");
     volfs.launch();
     // Sparse, so that the volume itself costs nothing.
     volfs.job("j", &["d"], "1M");
     assert_eq!(volfs.write("jobs/j/control", "attach"), 0);
-    let mut ballast = fs::File::create(small.0.join("loop/ballast")).unwrap();
+    let mut ballast = fs::File::create(volfs.state().join("loop/ballast")).unwrap();
     // To the last byte.
     for size in [65536, 4096, 512, 1] {
         let chunk = vec![0u8; size];
@@ -248,7 +234,7 @@ fn bad_input_of_a_full_disk_is_enospc_and_nothing_acknowledged_is_lost() {
     assert_eq!(volfs.value("jobs/j/disks/d/status"), "attached");
     assert_ne!(volfs.read("health").unwrap().lines().next(), Some("ok"));
     drop(ballast);
-    fs::remove_file(small.0.join("loop/ballast")).unwrap();
+    fs::remove_file(volfs.state().join("loop/ballast")).unwrap();
     // Space is back: the next command works, and health with it.
     assert_eq!(volfs.write("jobs/j/control", "create more 1M"), 0, "{}", volfs.log());
     assert_eq!(volfs.write("jobs/j/control", "detach"), 0, "{}", volfs.log());

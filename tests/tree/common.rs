@@ -13,6 +13,8 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
+use volfs::model::{Status, edge_is_documented};
+
 /// The three shells of the contract.
 pub const SHELLS: Shells = Shells;
 
@@ -159,6 +161,7 @@ impl Volfs {
             .arg("mount")
             .arg(self.root())
             .args((!self.keeper).then_some("--no-keeper"))
+            .env("VOLFS_STATUS_EDGES", self.edges_file())
             .envs(self.env.iter().map(|(k, v)| (k.as_str(), v.as_str())))
             .stdin(Stdio::null());
         command
@@ -324,19 +327,42 @@ except OSError as e: sys.exit(e.errno)"#;
         text.strip_suffix('\n').unwrap_or_else(|| panic!("{}: no newline in {text:?}", below.display())).to_owned()
     }
 
+    /// A job, if it is not there. On a busy machine a commit may not be told within the second that a
+    /// mkdir waits for it: EIO, nothing happened, and it is made again.
+    #[track_caller]
+    pub fn make_job(&self, job: &str) {
+        let path = self.path(format!("jobs/{job}"));
+        self.until("job", || match fs::create_dir(&path) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => true,
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => false,
+            Err(error) => panic!("{}: {error}\n{}", path.display(), self.log()),
+        });
+    }
+
+    /// A command that the rest of a test stands on. On a busy machine a cloud may not be heard in time
+    /// (EHOSTUNREACH): the command is given again, and may find that it was done.
+    #[track_caller]
+    pub fn bring(&self, control: impl AsRef<Path>, command: &str) {
+        let control = control.as_ref();
+        let mut again = false;
+        self.until(command, || match self.write(control, command) {
+            0 => true,
+            libc::EEXIST if again => true,
+            libc::EHOSTUNREACH => {
+                again = true;
+                false
+            }
+            errno => panic!("{}: {command}: errno {errno}\n{}", control.display(), self.log()),
+        });
+    }
+
     /// A job with detached disks of `size`; answers their uuids in order.
     #[track_caller]
     pub fn job(&self, job: &str, disks: &[&str], size: &str) -> Vec<String> {
-        if !self.path(format!("jobs/{job}")).exists() {
-            fs::create_dir(self.path(format!("jobs/{job}"))).unwrap();
-        }
+        self.make_job(job);
         let make = |disk: &&str| {
-            assert_eq!(
-                self.write(format!("jobs/{job}/control"), &format!("create {disk} {size}")),
-                0,
-                "{}",
-                self.log()
-            );
+            self.bring(format!("jobs/{job}/control"), &format!("create {disk} {size}"));
             let link = fs::read_link(self.path(format!("jobs/{job}/disks/{disk}"))).unwrap();
             link.file_name().unwrap().to_str().unwrap().to_owned()
         };
@@ -378,9 +404,55 @@ except OSError as e: sys.exit(e.errno)"#;
         (self.wait(), began.elapsed())
     }
 
+    fn edges_file(&self) -> PathBuf {
+        self.dir.path().join("edges")
+    }
+
+    /// Each change of a volume's status since the first start: from, to.
+    pub fn edges(&self) -> Vec<(Status, Status)> {
+        let text = fs::read_to_string(self.edges_file()).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        let edge = |(n, line): (usize, &&str)| {
+            let mut words = line.split(' ').skip(1).map(Status::parse);
+            let edge = words.next().flatten().zip(words.next().flatten());
+            // The last line of a daemon that was killed may be half a one; an empty line is a start.
+            let last = lines.get(n + 1).is_none_or(|next| next.is_empty());
+            assert!(edge.is_some() || last, "no edge: {line:?}");
+            edge
+        };
+        lines.iter().enumerate().filter(|(_, line)| !line.is_empty()).filter_map(edge).collect()
+    }
+
     /// Loop devices whose backing file is in this test's directory.
     pub fn loops(&self) -> Vec<String> {
         loops_below(self.dir.path())
+    }
+}
+
+/// A tmpfs. At its end the loop devices over it go first: without its mount the kernel shows their
+/// files below no directory, and nobody would find them again.
+pub struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    /// Mounts one there, with these options.
+    pub fn mount(at: &Path, options: &std::ffi::CStr) -> Self {
+        fs::create_dir_all(at).unwrap();
+        rustix::mount::mount("volfs-test", at, "tmpfs", rustix::mount::MountFlags::empty(), options).unwrap();
+        Tmpfs(at.to_owned())
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        unbind_below(&self.0);
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+/// Lets go of every loop device whose backing file is below `dir`.
+fn unbind_below(dir: &Path) {
+    for name in loops_below(dir) {
+        let _ = Command::new("losetup").arg("-d").arg(format!("/dev/{name}")).stderr(Stdio::null()).status();
     }
 }
 
@@ -418,8 +490,12 @@ impl Drop for Volfs {
             let _ = self.terminate();
         }
         let _ = Command::new("umount").arg("-l").arg(self.root()).stderr(Stdio::null()).status();
-        for name in self.loops() {
-            let _ = Command::new("losetup").arg("-d").arg(format!("/dev/{name}")).stderr(Stdio::null()).status();
+        unbind_below(self.dir.path());
+        // L9, in every test with a daemon; one that has failed already has its own words.
+        if !std::thread::panicking() {
+            let edges = self.edges();
+            let wrong: Vec<_> = edges.iter().filter(|(from, to)| !edge_is_documented(*from, *to)).collect();
+            assert!(wrong.is_empty(), "l9: edges that the contract does not have: {wrong:?}\n{}", self.log());
         }
     }
 }

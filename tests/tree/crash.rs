@@ -27,7 +27,7 @@ pub enum Left {
     /// The same, and the command may have ended.
     Any,
 }
-use Left::{Any, Before, Done, Either, Nothing, Parts};
+pub use Left::{Any, Before, Done, Either, Nothing, Parts};
 
 const MIB: u64 = 1 << 20;
 pub const PATTERN: &[u8] = b"these bytes are somebody's server";
@@ -131,13 +131,13 @@ fn nothing_lost(volfs: &Volfs, uuid: &str) {
 }
 
 /// Rows of the root's `history` for this job and its like: (operation, outcome).
-fn history(volfs: &Volfs, prefix: &str) -> Vec<(String, String)> {
+pub fn history(volfs: &Volfs, prefix: &str) -> Vec<(String, String)> {
     let text = volfs.read("history").unwrap();
     let rows = text.lines().skip(1).map(|l| l.split('\t').collect::<Vec<_>>());
     rows.filter(|r| r[2].starts_with(prefix)).map(|r| (r[1].to_owned(), r[5].to_owned())).collect()
 }
 
-fn in_flight(volfs: &Volfs) -> Vec<String> {
+pub fn in_flight(volfs: &Volfs) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir(volfs.path("operations")).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
@@ -164,7 +164,7 @@ pub struct Verb {
     pub grows: isize,
 }
 
-fn prepared(points: &[Point]) -> (Volfs, PathBuf) {
+pub fn prepared(points: &[Point]) -> (Volfs, PathBuf) {
     // No later round may settle what the start has left open.
     let mut volfs = Volfs::prepare(&[], "reconcile_interval = 3600\n");
     let arms = volfs.scratch("arms");
@@ -738,6 +738,7 @@ fn crash_sweeps_visit_every_point_that_the_source_names() {
     // What only a cloud brings is visited over the fake one, what only a living caller sees below a keeper.
     let own = concat!(
         include_str!("crash.rs"),
+        include_str!("imported.rs"),
         include_str!("../cloud/killed.rs"),
         include_str!("../cloud/snapshots.rs"),
         include_str!("../keeper/finished.rs")

@@ -10,10 +10,10 @@ use super::common::Volfs;
 use super::waiting::{Kid, status};
 
 /// A command to undo something with, also when the test fails.
-struct Undo(Vec<String>);
+pub struct Undo(Vec<String>);
 
 impl Undo {
-    fn with(words: &[&str]) -> Self {
+    pub fn with(words: &[&str]) -> Self {
         Undo(words.iter().map(|w| (*w).to_owned()).collect())
     }
 
@@ -23,7 +23,7 @@ impl Undo {
     }
 
     /// Now, and it must work.
-    fn now(mut self) {
+    pub fn now(mut self) {
         assert!(self.run(), "{:?}", self.0);
         self.0 = vec!["true".into()];
     }

@@ -12,10 +12,12 @@ mod common;
 mod concurrency;
 mod crash;
 mod crash_snapshots;
+mod destroy;
 mod errors;
 mod events;
 mod failover;
 mod identity;
+mod imported;
 mod in_use;
 mod jobs;
 mod mounting;
@@ -30,6 +32,7 @@ mod table;
 mod traps;
 mod verbs;
 mod waiting;
+mod whole;
 
 use common::Volfs;
 

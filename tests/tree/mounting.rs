@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::common::{PATIENCE, Said, Volfs, finish};
+use super::common::{PATIENCE, Said, Tmpfs, Volfs, finish};
 
 /// Longest end of a daemon that is asked to.
 const END_MOST: Duration = Duration::from_secs(5);
@@ -121,28 +121,11 @@ fn unmount_at(volfs: &Volfs, at: &Path) -> Said {
     said(volfs_command(volfs, &["unmount"]).arg(at))
 }
 
-/// Taken away whatever happens.
-struct Tmpfs<'a>(&'a Path);
-
-impl<'a> Tmpfs<'a> {
-    fn mount(at: &'a Path, options: &str) -> Self {
-        let done = Command::new("mount").args(["-t", "tmpfs", "-o", options, "volfs-test"]).arg(at).status().unwrap();
-        assert!(done.success());
-        Tmpfs(at)
-    }
-}
-
-impl Drop for Tmpfs<'_> {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0).status();
-    }
-}
-
 #[test]
 fn mount_leaves_a_foreign_filesystem_alone() {
     let mut volfs = Volfs::prepare(&[], "");
     let at = volfs.root();
-    let _tmpfs = Tmpfs::mount(&at, "size=64k");
+    let _tmpfs = Tmpfs::mount(&at, c"size=64k");
     fs::write(at.join("theirs"), "theirs").unwrap();
     let words = volfs.try_launch().unwrap_err();
     assert!(words.contains("tmpfs") && words.contains(at.to_str().unwrap()), "{words}");

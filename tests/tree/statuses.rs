@@ -489,3 +489,19 @@ fn v5_v8_devices_of_others_that_come_and_go_pile_up_no_looks() {
     }
     assert!(most < 100, "{most} threads for events that concern none of its volumes");
 }
+
+#[test]
+fn l9_each_change_of_status_is_recorded_and_held_against_the_graph() {
+    use volfs::model::Status::{Attached, Attaching, Detached, Detaching};
+    let mut volfs = Volfs::start_with(&[], QUIET);
+    let uuid = volfs.job("j", &["d"], "1M").remove(0);
+    let control = format!("{}/control", dir("j", &uuid));
+    assert_eq!(volfs.write(&control, "attach"), 0, "{}", volfs.log());
+    volfs.kill();
+    volfs.launch();
+    assert_eq!(volfs.write(&control, "detach"), 0, "{}", volfs.log());
+    let edges = volfs.edges();
+    let at = |edge| edges.iter().position(|e| *e == edge).unwrap_or_else(|| panic!("{edge:?} is not in {edges:?}"));
+    let path = [(Detached, Attaching), (Attaching, Attached), (Attached, Detaching), (Detaching, Detached)].map(at);
+    assert!(path.is_sorted(), "{edges:?}");
+}

@@ -172,6 +172,22 @@ fn x9_move_and_disk_in_every_status() {
 }
 
 #[test]
+fn an_imported_volume_without_our_mark_is_reconciled_before_it_is_changed() {
+    let c = case();
+    let unmarked = |s: &mut Situation<'_>| {
+        s.mark.epoch = 0;
+        s.owner = "";
+    };
+    let renaming = [Action::Move { job: job_id("other") }, Action::Disk { name: disk_name("other") }];
+    let changing = [attach(None), detach(None), delete(c.volume), Action::Resize { size: 8 * GIB }];
+    for action in changing.into_iter().chain(renaming) {
+        assert_eq!(c.ask(Status::Unknown, &action, unmarked), Verdict::Reconcile, "{action:?}");
+        assert!(matches!(c.ask(Status::Conflict, &action, unmarked), Verdict::Deny(_)), "{action:?}");
+    }
+    assert_eq!(c.ask(Status::Unknown, &Action::Release { volume: c.volume }, unmarked), Verdict::Start);
+}
+
+#[test]
 fn an_equal_command_in_flight_is_joined_and_every_other_is_busy_at_once() {
     let c = case();
     let running = attach(None);

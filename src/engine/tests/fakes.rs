@@ -392,6 +392,11 @@ impl Lab {
 
     /// Begins the next life.
     pub fn begin(&self) -> Arc<Engine> {
+        self.begin_in(self)
+    }
+
+    /// Begins the next life in another lab's cloud, beside that one's own daemon.
+    pub fn begin_in(&self, cloud: &Lab) -> Arc<Engine> {
         let life = {
             let mut state = self.state();
             state.life += 1;
@@ -411,8 +416,8 @@ impl Lab {
             clock: Arc::new(move || Timestamp(1_800_000_000_000).plus(epoch.elapsed())),
         };
         let fake = Arc::new(Fake { lab: self.clone(), life });
-        let engine =
-            Engine::start(fake.clone(), fake.clone(), fake, options, tokio::runtime::Handle::current()).unwrap();
+        let there = Arc::new(Fake { lab: cloud.clone(), life: cloud.life() });
+        let engine = Engine::start(fake.clone(), there, fake, options, tokio::runtime::Handle::current()).unwrap();
         let lab = self.clone();
         let shown = Mutex::new(BTreeMap::new());
         engine.on_publish(Arc::new(move |world| {
@@ -558,6 +563,25 @@ impl Lab {
         id
     }
 
+    /// A volume becomes a job's in the record as an import leaves it, while no daemon runs.
+    pub fn import(&self, volume: VolumeId, disk: &str) -> DiskRow {
+        let at = Timestamp(0);
+        let mut state = self.state();
+        let record = &mut state.record;
+        let (volumes, row) = (VolumeRow(record.high[1] + 1), DiskRow(record.high[2] + 1));
+        let mut batch = Vec::new();
+        if record.jobs.is_empty() {
+            batch.push(Change::JobAdd { row: JobRow(1), id: job_id("imported"), at });
+        }
+        batch.extend([
+            Change::VolumeAdd { row: volumes, volume, name: "old".into(), size: GIB, at },
+            Change::VolumeStatus { volume, status: Status::Unknown, at },
+            Change::DiskAdd { row, job: JobRow(1), disk: disk_name(disk), volume, epoch: 0, at },
+        ]);
+        record.take(&batch).unwrap();
+        row
+    }
+
     pub fn vm(&self, running: bool) -> VmId {
         let id = VmId::random();
         self.state().sky.vms.insert(id, VmFacts { running, has_root: false });
@@ -597,7 +621,7 @@ fn along_the_graph(shown: &mut BTreeMap<DiskRow, Status>, world: &World) {
     for volume in world.volumes.values() {
         let status = volume.status();
         if let Some(was) = shown.insert(volume.row, status).filter(|was| *was != status) {
-            assert!(super::world::edge_is_documented(was, status), "l9: from {was} to {status}");
+            assert!(crate::model::edge_is_documented(was, status), "l9: from {was} to {status}");
         }
     }
 }

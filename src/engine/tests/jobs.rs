@@ -1,13 +1,14 @@
 //! mkdir, rmdir, values, and commands for a whole job.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::super::{Left, Target};
+use super::super::{Engine, Left, Target};
 use super::fakes::*;
-use crate::cloud::Refusal;
+use crate::cloud::{CloudVolume, Refusal};
 use crate::command::{Action, Command};
 use crate::error::{Errno, Error};
-use crate::model::{Status, Verb};
+use crate::model::{DiskRow, Status, Verb};
 
 fn destroy(name: &str) -> Action {
     Action::Destroy { job: job_id(name) }
@@ -289,6 +290,98 @@ async fn c12_a_foreign_mark_stops_it_before_anything_is_deleted() {
     let error = lab.run(&engine, Target::Job(job), destroy("j")).await.unwrap_err();
     assert_eq!(error.errno(), Errno::EPERM, "{error}");
     assert_eq!(lab.count("cloud delete"), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn c12_a_hold_raised_while_it_runs_stops_it_before_the_next_volume() {
+    let lab = Lab::new();
+    let engine = lab.start().await;
+    let job = lab.job(&engine, "j").await;
+    for disk in ["a", "b", "c"] {
+        lab.make(&engine, job, disk).await;
+    }
+    lab.script(At::Delete, Act::HoldBefore);
+    let going = lab.go(&engine, Target::Job(job), destroy("j"));
+    lab.until_logged("cloud delete", 1).await;
+    engine.set_hold(job, true, user()).wait().await.unwrap();
+    lab.release(At::Delete);
+    let error = going.ticket.wait().await.unwrap_err();
+    assert_eq!((error.errno(), error.to_string()), (Errno::EPERM, format!("b: {}", Error::Held { job: job_id("j") })));
+    let disks: Vec<String> = engine.world().jobs[&job].disks.keys().map(|d| d.to_string()).collect();
+    assert_eq!((disks, lab.count("cloud delete")), (vec!["b".into(), "c".into()], 1));
+    engine.set_hold(job, false, root()).wait().await.unwrap();
+    lab.run(&engine, Target::Job(job), destroy("j")).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn c7_a_hold_raised_while_the_cloud_refuses_for_now_stops_the_next_try() {
+    let lab = Lab::new();
+    let engine = lab.start().await;
+    let job = lab.job(&engine, "j").await;
+    let (row, v) = lab.make(&engine, job, "d").await;
+    lab.script(At::Delete, Act::Refuse(Refusal::Passing));
+    let going = lab.go(&engine, Target::Volume(row), delete(v));
+    lab.until_logged("cloud delete", 1).await;
+    engine.set_hold(job, true, user()).wait().await.unwrap();
+    assert_eq!(going.ticket.wait().await.unwrap_err(), Error::Held { job: job_id("j") });
+    assert_eq!((lab.count("cloud delete"), lab.status(&engine, row)), (1, Status::Detached));
+}
+
+/// A job of a volume that is there and one that was found missing.
+async fn one_missing(lab: &Lab) -> (Arc<Engine>, Target, DiskRow, CloudVolume) {
+    let engine = lab.start().await;
+    let job = lab.job(&engine, "j").await;
+    lab.make(&engine, job, "a").await;
+    let (row, v) = lab.make(&engine, job, "b").await;
+    let seen = lab.state().sky.volumes.remove(&v).unwrap();
+    lab.run(&engine, Target::Volume(row), Action::Reconcile { vm: None }).await.unwrap();
+    assert_eq!(lab.status(&engine, row), Status::Missing);
+    (engine, Target::Job(job), row, seen)
+}
+
+#[tokio::test(start_paused = true)]
+async fn x10_x7_a_missing_volume_that_is_there_again_is_not_forgotten() {
+    for by_destroy in [true, false] {
+        let lab = Lab::new();
+        let (engine, job, row, seen) = one_missing(&lab).await;
+        let v = seen.id;
+        lab.state().sky.volumes.insert(v, seen);
+        let (target, action) = if by_destroy { (job, destroy("j")) } else { (Target::Volume(row), delete(v)) };
+        let error = lab.run(&engine, target, action.clone()).await.unwrap_err();
+        assert_eq!(error.errno(), Errno::EBUSY, "{error}");
+        let words = format!("volume {v} is missing; but the cloud shows it again, so it is not forgotten");
+        assert!(error.to_string().contains(&words), "{error}");
+        assert_eq!((lab.count("cloud delete"), engine.world().volumes.len()), (0, 2));
+        assert!(!lab.state().record.volumes[&v].gone);
+        // It is looked at without anybody asking, and then it is a volume like any other.
+        lab.until_status(&engine, row, Status::Detached).await;
+        lab.run(&engine, target, action).await.unwrap();
+        assert!(!lab.state().sky.volumes.contains_key(&v), "deleted, and not only forgotten");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn x10_x7_a_missing_volume_is_dropped_only_by_a_look_that_proves_it() {
+    let lab = Lab::new();
+    let (engine, job, row, seen) = one_missing(&lab).await;
+    let host = lab.state().sky.vms[&lab.host].clone();
+    for blind in [true, false] {
+        // Credentials that do not see this host prove nothing, and no answer is none.
+        match blind {
+            true => drop(lab.state().sky.vms.remove(&lab.host)),
+            false => lab.state().sky.down = true,
+        }
+        for (target, action) in [(job, destroy("j")), (Target::Volume(row), delete(seen.id))] {
+            let error = lab.run(&engine, target, action).await.unwrap_err();
+            assert_eq!(error.errno(), Errno::EHOSTUNREACH, "{error}");
+            assert_eq!((lab.count("cloud delete"), engine.world().volumes.len()), (0, 2));
+        }
+        lab.state().sky.vms.insert(lab.host, host.clone());
+        lab.state().sky.down = false;
+    }
+    lab.run(&engine, Target::Volume(row), Action::Reconcile { vm: None }).await.unwrap();
+    lab.run(&engine, job, destroy("j")).await.unwrap();
+    assert!(engine.world().jobs.is_empty() && engine.world().volumes.is_empty());
 }
 
 #[tokio::test(start_paused = true)]

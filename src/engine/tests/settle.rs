@@ -1,6 +1,6 @@
 //! `reconcile::settle` over every combination of what record, cloud and kernel can say.
 
-use super::super::reconcile::{CloudView, Finding, Recorded, Rules, settle};
+use super::super::reconcile::{CloudView, Finding, Recorded, Rules, Unmarked, settle};
 use super::fakes::GIB;
 use crate::cloud::{Attachment, CloudVolume};
 use crate::model::{BootId, DevNo, Disk, DiskIdentity, Incarnation, Mark, RecordId, Status, VmId, VolumeId};
@@ -56,7 +56,7 @@ fn ground(exact_size: bool) -> Ground {
                 Status::Remote => Some(other),
                 _ => None,
             };
-            recorded.push(Recorded { status, vm, mapped, size: GIB, mark });
+            recorded.push(Recorded { status, vm, mapped, size: GIB, mark, unmarked: None });
         }
     }
     let mut views = vec![View::Unseen, View::Absent(false), View::Absent(true)];
@@ -216,6 +216,7 @@ fn settling_what_is_settled_changes_nothing() {
                     _ => recorded.size,
                 },
                 mark: recorded.mark,
+                unmarked: recorded.unmarked.clone(),
             };
             let second = settle(&again, &view.cloud(), candidates, g.rules);
             let all = format!("{recorded:?} {view:?} {candidates:?}\n{first:?}\n{second:?}");
@@ -241,4 +242,34 @@ fn d3_growth_of_the_same_disk_is_fine_and_shrinking_is_conflict() {
         assert_eq!(of_size(2 * GIB), Status::Attached, "{view:?}");
         assert_eq!(of_size(GIB / 2), Status::Conflict, "{view:?}");
     }
+}
+
+#[test]
+fn an_imported_volume_is_nothing_but_unknown_missing_or_in_conflict_until_it_is_marked() {
+    every(true, |g, recorded, view, candidates, _| {
+        for tried in [Vec::new(), vec![3]] {
+            for carries_host in [None, Some("/".to_owned())] {
+                let unmarked = Unmarked { tried: tried.clone(), carries_host: carries_host.clone() };
+                let mark = Mark { epoch: 0, ..g.mark };
+                let status = match recorded.status {
+                    s @ (Status::Missing | Status::Conflict) => s,
+                    _ => Status::Unknown,
+                };
+                let recorded = Recorded { status, mapped: None, mark, unmarked: Some(unmarked), ..recorded.clone() };
+                let found = settle(&recorded, &view.cloud(), candidates, g.rules);
+                let told = format!("{recorded:?} {view:?}: {found:?}");
+                assert!(matches!(found.status, Status::Unknown | Status::Missing | Status::Conflict), "{told}");
+                assert!(found.device.is_none() && !found.drift && found.why.is_some(), "{told}");
+                let free = match view {
+                    View::Seen(seen) => {
+                        carries_host.is_none()
+                            && seen.mark.is_none_or(|m| m.record == mark.record && tried.contains(&m.epoch))
+                    }
+                    _ => false,
+                };
+                assert_eq!(found.markable, free, "{told}");
+                assert_eq!(found.markable, found.status == Status::Unknown && matches!(view, View::Seen(_)), "{told}");
+            }
+        }
+    });
 }

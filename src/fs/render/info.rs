@@ -109,7 +109,7 @@ pub fn volume(view: &View<'_>, v: &Volume) -> String {
         "serial": &*v.serial,
         "cloud_state": &*v.cloud_state,
         "owner": &*v.owner,
-        "mark": Mark { record: world.record, epoch: v.epoch }.to_string(),
+        "mark": (!v.imported()).then(|| Mark { record: world.record, epoch: v.epoch }.to_string()),
         "operation": running,
         "error": v.error.as_deref().map(error),
         "history": v.history.iter().map(|h| history(h)).collect::<Vec<_>>(),

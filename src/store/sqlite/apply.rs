@@ -28,6 +28,7 @@ fn kind(change: &Change) -> &'static str {
         Change::VolumeStatus { .. } => "VolumeStatus",
         Change::VolumeGone { .. } => "VolumeGone",
         Change::DiskAdd { .. } => "DiskAdd",
+        Change::DiskMarked { .. } => "DiskMarked",
         Change::DiskRename { .. } => "DiskRename",
         Change::DiskEnd { .. } => "DiskEnd",
         Change::MappingSet(_) => "MappingSet",
@@ -132,6 +133,15 @@ fn dispatch(conn: &Connection, change: &Change) -> Applied {
                      WHERE j.id = ?2 AND j.forgotten_at IS NULL AND v.volume_id = ?4 AND v.gone_at IS NULL",
                 params![row.0, job.0, disk.as_str(), volume.to_string(), signed("epoch", *epoch)?, at.0],
                 || format!("there is no job {job}, or no volume {volume}"),
+            )?;
+            epoch_given(conn, *epoch)
+        }
+        Change::DiskMarked { row, epoch } => {
+            one(
+                conn,
+                "UPDATE vm_disks SET epoch = ?2 WHERE id = ?1 AND epoch = 0 AND ?2 > 0",
+                params![row.0, signed("epoch", *epoch)?],
+                || format!("there is no ownership {row} without a mark, or {epoch} is no epoch"),
             )?;
             epoch_given(conn, *epoch)
         }

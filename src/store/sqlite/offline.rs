@@ -16,7 +16,7 @@ use rustix::io::Errno;
 
 use super::high_water::{self, HighWater};
 use super::opening::{self, StateLock, beside, failed, sync_directory, unusable};
-use super::{apply, check_library, load, schema, writer};
+use super::{Past, apply, check_library, load, schema, writer};
 use crate::model::{RecordId, Timestamp};
 use crate::store::{Change, Loaded, StoreError};
 
@@ -49,6 +49,16 @@ impl Offline {
     /// Reads everything but what has ended.
     pub fn load(&self) -> Result<Loaded, StoreError> {
         load::load(&self.conn, &self.path, 0)
+    }
+
+    /// Whether there is a database below `state_dir`, sound or not.
+    pub fn is_there(state_dir: &Path) -> bool {
+        !fs::symlink_metadata(opening::database(state_dir)).is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
+    }
+
+    /// What the record tells of its own past.
+    pub fn own_past(&self) -> Result<Past, StoreError> {
+        Past::of(&self.conn, self.high.mark())
     }
 
     /// The highest operation number that a record in this directory ever had: that of the next

@@ -216,7 +216,9 @@ impl FakeCloud {
             let mut world = self.core().world.lock();
             while world.version == seen {
                 if self.core().changed.wait_until(&mut world, deadline).timed_out() {
-                    return false;
+                    drop(world);
+                    // It may hang on more than this cloud.
+                    return condition(self);
                 }
             }
             if Instant::now() >= deadline {

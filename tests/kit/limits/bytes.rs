@@ -107,7 +107,7 @@ fn all_zeroes(volfs: &Volfs, disk: &str, bytes: usize, when: &str) {
 fn s11_storage_and_devices_that_are_used_again_show_nothing_of_before() {
     // Kept by a tmpfs that is nearly as small as what is made in it: blocks are used again.
     let mut volfs = Volfs::prepare(&[], "");
-    let small = super::Tmpfs::mount(&volfs.state(), c"size=8m,mode=700");
+    let small = crate::common::Tmpfs::mount(&volfs.state(), c"size=8m,mode=700");
     volfs.launch();
     volfs.job("j", &[], "1M");
     let mut devices = std::collections::BTreeMap::<String, usize>::new();

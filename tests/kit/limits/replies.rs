@@ -7,8 +7,8 @@ use std::time::Duration;
 use fakecloud::{Fault, Kind, Options};
 use rusqlite::Connection;
 
-use super::{Gate, Tmpfs, change, changes, health, walked};
-use crate::common::{Volfs, finish, have};
+use super::{Gate, change, changes, health, walked};
+use crate::common::{Tmpfs, Volfs, finish, have};
 use crate::kill::Strace;
 use crate::site::Site;
 
@@ -184,4 +184,34 @@ fn l3_replies_come_within_a_second_while_proc_is_slow() {
     tracer.detach();
     let said = finish(slow);
     assert_eq!(said.status, 0, "{said:?}\n{}", volfs.log());
+}
+
+#[test]
+fn l3_replies_come_within_a_second_while_the_disk_below_the_record_is_slow() {
+    if !have(&["strace"]) {
+        return;
+    }
+    let volfs = Volfs::start_with(&[], "reconcile_interval = 1\n");
+    furnish(&volfs);
+    // Each sync takes two seconds, as on a disk that is about to fail.
+    let calls = "fsync,fdatasync";
+    let (trace, inject) = (format!("trace={calls}"), format!("inject={calls}:delay_exit=2000000"));
+    let tracer = Strace::attach(volfs.pid(), &["-o", "/dev/null", "-e", &trace, "-e", &inject]);
+    let slow = [
+        volfs.sh_spawn(&["dash"], "echo attach > $R/jobs/j/disks/off/control"),
+        volfs.sh_spawn(&["dash"], "echo resize 2M > $R/jobs/j/disks/grow/control"),
+    ];
+    walked(&volfs, "the disk is slow", 4);
+    // Not told within their second is EIO.
+    changes(&volfs, "slow", &[0, libc::EIO]);
+    walked(&volfs, "the disk is slow, and changes wait", 2);
+    tracer.detach();
+    for child in slow {
+        let said = finish(child);
+        assert_eq!(said.status, 0, "{said:?}\n{}", volfs.log());
+    }
+    volfs.until("the record again", || super::mkdir(volfs.path("jobs/again")) == 0);
+    assert_eq!(super::rmdir(volfs.path("jobs/again")), 0);
+    changes(&volfs, "after", &[0]);
+    volfs.until("health", || health(&volfs) == "ok");
 }

@@ -1,11 +1,13 @@
 //! L6: what the machine cannot give is a clean error, and the same daemon serves on when it can.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::{CLEAN, Replies, change, changes, health, mkdir};
+use super::{Replies, change, changes, health, mkdir};
+use crate::CLEAN;
 use crate::common::{PATIENCE, Volfs, finish, have};
 use crate::kill::Strace;
 use crate::oracle;
@@ -21,7 +23,8 @@ impl Limited {
     fn to(pid: i32, what: libc::__rlimit_resource_t, current: u64) -> Self {
         let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
         // SAFETY: prlimit(2) writes one rlimit to where it is told, which outlives the call.
-        assert_eq!(unsafe { libc::prlimit(pid, what, std::ptr::null(), &mut before) }, 0);
+        let got = unsafe { libc::prlimit(pid, what, std::ptr::null(), &mut before) };
+        Self::done(got);
         let limited = Limited { pid, what, before };
         limited.set(libc::rlimit { rlim_cur: current, rlim_max: before.rlim_max });
         limited
@@ -29,7 +32,13 @@ impl Limited {
 
     fn set(&self, limit: libc::rlimit) {
         // SAFETY: prlimit(2) reads one rlimit, which outlives the call.
-        assert_eq!(unsafe { libc::prlimit(self.pid, self.what, &limit, std::ptr::null_mut()) }, 0);
+        Self::done(unsafe { libc::prlimit(self.pid, self.what, &limit, std::ptr::null_mut()) });
+    }
+
+    /// A process that is gone has no limits.
+    fn done(answer: i32) {
+        let error = std::io::Error::last_os_error();
+        assert!(answer == 0 || error.raw_os_error() == Some(libc::ESRCH), "prlimit: {error}");
     }
 }
 
@@ -88,9 +97,13 @@ fn refused_cleanly(volfs: &Volfs, when: &str) -> Vec<i32> {
 
 fn furnished(config: &str) -> Volfs {
     let volfs = Volfs::start_with(&[], config);
+    furnish(&volfs);
+    volfs
+}
+
+fn furnish(volfs: &Volfs) {
     volfs.job("j", &["on", "off"], "1M");
     assert_eq!(volfs.write("jobs/j/disks/on/control", "attach"), 0);
-    volfs
 }
 
 #[test]
@@ -110,6 +123,42 @@ fn l6_without_a_free_descriptor_all_is_answered_and_with_one_it_serves_on() {
     volfs.until("health says so", || health(&volfs) != "ok");
     drop(limited);
     serves_on(&volfs, daemon, "descriptors again");
+}
+
+/// A line of /proc/PID/status in bytes, e.g. `VmSize`.
+fn memory(pid: i32, line: &str) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let found = text.lines().find_map(|l| l.strip_prefix(line)?.strip_prefix(':'))?;
+    found.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
+}
+
+/// A thread or a buffer that is not given ends the process: the daemon is followed by another one, as
+/// after a SIGKILL, and its callers do not notice.
+#[test]
+fn l6_without_address_space_a_daemon_answers_or_is_followed_and_every_command_has_its_true_outcome() {
+    let mut volfs = Volfs::prepare(&[], "reconcile_interval = 1\n").with_keeper();
+    volfs.launch();
+    furnish(&volfs);
+    let (mut daemons, mut refused) = (BTreeSet::new(), 0);
+    volfs.until("a daemon that was refused memory", || {
+        let Some(daemon) = volfs.kept_pid() else { return false };
+        daemons.insert(daemon);
+        // Nothing more than what it has: no stack of a thread, no mapping of a file, no large buffer.
+        let Some(size) = memory(daemon, "VmSize") else { return false };
+        let limited = Limited::to(daemon, libc::RLIMIT_AS, size);
+        Replies::default().walk(&volfs.root());
+        for (disk, verb) in [("off", "attach"), ("on", "detach"), ("off", "detach"), ("on", "attach")] {
+            let told = volfs.write(format!("jobs/j/disks/{disk}/control"), &format!("{verb} timeout=20"));
+            assert!(told == 0 || CLEAN.contains(&told), "{verb}: errno {told}\n{}", volfs.log());
+            refused += usize::from(told != 0);
+            let status = if verb == "attach" { "attached" } else { "detached" };
+            assert!(told != 0 || volfs.value(format!("jobs/j/disks/{disk}/status")) == status, "{}", volfs.log());
+        }
+        drop(limited);
+        daemons.len() > 2 || refused > 2
+    });
+    println!("no address space is free: {} daemons, {refused} commands refused", daemons.len());
+    serves_on(&volfs, volfs.pid(), "address space again");
 }
 
 #[test]

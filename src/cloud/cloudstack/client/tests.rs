@@ -284,7 +284,8 @@ async fn a_server_in_maintenance_is_asked_again_even_by_a_write() {
     let b = Bench::new(vec![Act::json(503, busy), Act::json(503, busy), Act::json(200, JOB)]);
     b.write().await.unwrap();
     assert_eq!(b.server.requests().len(), 3);
-    let b = Bench::with(vec![Act::json(503, busy)], |o| o.timeout = Duration::from_millis(600));
+    // Long enough for four answers on a busy machine.
+    let b = Bench::with(vec![Act::json(503, busy)], |o| o.timeout = Duration::from_secs(6));
     let error = b.write().await.unwrap_err();
     assert!(matches!(&error, ApiError::Api { code: 503, text, .. } if text.contains("shutdown")), "{error:?}");
     assert!(b.server.requests().len() > 3);

@@ -106,6 +106,13 @@ impl Record {
                 self.epoch = self.epoch.max(epoch);
                 self.owns.insert(row, Own { job, disk, volume, epoch, at });
             }
+            Change::DiskMarked { row, epoch } => match self.owns.get_mut(&row) {
+                Some(own) if own.epoch == 0 && epoch > 0 => {
+                    own.epoch = epoch;
+                    self.epoch = self.epoch.max(epoch);
+                }
+                _ => return constraint(format!("no ownership {row} without a mark")),
+            },
             Change::DiskRename { row, disk, at } => {
                 let Some(job) = self.owns.get(&row).map(|o| o.job) else { return constraint("no ownership") };
                 self.name_free(job, &disk, Some(row))?;

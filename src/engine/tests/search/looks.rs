@@ -35,7 +35,7 @@ fn records() -> Vec<Recorded> {
     for status in SETTLED {
         for vm in [None, Some(HOST), Some(OTHER)] {
             for mapped in [Map::None, Map::This, Map::Gone] {
-                all.push(Recorded { status, vm, mapped: mapped.incarnation(), size: SIZE, mark: OURS });
+                all.push(Recorded { status, vm, mapped: mapped.incarnation(), size: SIZE, mark: OURS, unmarked: None });
             }
         }
     }
@@ -81,7 +81,7 @@ fn after(recorded: &Recorded, view: &CloudView<'_>, finding: &Finding) -> Record
         _ => recorded.size,
     };
     let mapped = finding.device.as_ref().map(|d| d.incarnation);
-    Recorded { status: finding.status, vm: finding.vm, mapped, size, mark: recorded.mark }
+    Recorded { status: finding.status, vm: finding.vm, mapped, size, mark: recorded.mark, unmarked: None }
 }
 
 fn place(finding: &Finding) -> (Status, Option<crate::model::VmId>, Option<&Disk>) {

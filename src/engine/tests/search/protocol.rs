@@ -7,8 +7,7 @@ use crate::engine::operation::may_change;
 use crate::engine::reconcile::{CloudView, Rules, settle};
 use crate::engine::recovery::has_begun;
 use crate::engine::tests::fakes::{disk_name, job_id, root};
-use crate::engine::tests::world::edge_is_documented;
-use crate::model::{OpId, Status};
+use crate::model::{OpId, Status, edge_is_documented};
 
 /// What kind of thing happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -230,6 +230,7 @@ impl V {
             mapped: self.mem.map.incarnation(),
             size: SIZE,
             mark: OURS,
+            unmarked: None,
         }
     }
 

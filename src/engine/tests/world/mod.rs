@@ -29,8 +29,6 @@ use tokio::sync::broadcast;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-pub use oracle::edge_is_documented;
-
 use super::fakes::Record;
 use crate::cloud::About;
 use crate::devices::DeviceChange;

@@ -103,6 +103,16 @@ impl Sim {
         if begun.life != life && (taking_begins(what) || (matches!(what, Do::Create { .. }) && !created)) {
             wrong("r10: recovery starts it".into());
         }
+        if let Do::Mark { expect: Some(theirs), .. } = what
+            && theirs.record != self.0.record
+        {
+            wrong("s8: it takes another record's mark off".into());
+        }
+        if let Do::Mark { new: Some(mark), .. } = what
+            && mark.epoch == 0
+        {
+            wrong("s8: 0 is no epoch of a mark".into());
+        }
         if !taking_begins(what) {
             return;
         }
@@ -114,7 +124,7 @@ impl Sim {
         }
         let Some(seen) = look.seen else { return wrong("s8: the look before it showed no volume".into()) };
         let mark = self.our_mark(volume);
-        if mark.is_none() || seen.mark != mark {
+        if mark.is_none_or(|m| m.epoch == 0) || seen.mark != mark {
             wrong(format!("s8: the look before it showed the mark {:?}, the record's is {mark:?}", seen.mark));
         }
         if let Some(job) = &seen.pending {
@@ -177,7 +187,7 @@ impl Sim {
             (row, begun, effects, pending)
         };
         let wrong = |words: String| self.violation(format!("`{}` ends {}, but {words}", row.command, outcome.as_str()));
-        let place = if row.volume.is_some() { Place::Volume } else { Place::Job };
+        let place = if row.volume.is_some() && row.verb != Verb::Claim { Place::Volume } else { Place::Job };
         let Ok(action) = command::parse(row.command.as_bytes(), place).map(|c| c.action) else { return };
         match outcome {
             Outcome::Ambiguous | Outcome::Abandoned => {}
@@ -215,6 +225,11 @@ impl Sim {
                     Action::Attach { .. } if at != vm => wrong(format!("the books say {at:?}")),
                     Action::Detach { .. } if at == vm => wrong("it is attached there".into()),
                     Action::Delete { .. } if v.is_some() => wrong("it is there".into()),
+                    Action::Claim { .. }
+                        if v.as_ref().is_none_or(|v| v.mark.is_none_or(|m| m.epoch != row.epoch())) =>
+                    {
+                        wrong("it does not carry its mark".into())
+                    }
                     Action::Create { .. } if v.is_none() => wrong("it is not there".into()),
                     Action::Resize { size } if v.is_none_or(|v| v.size < *size) => wrong("it is smaller".into()),
                     _ => {}
@@ -301,35 +316,5 @@ impl Sim {
         if was != status {
             *book.edges.entry((was, status)).or_default() += 1;
         }
-    }
-}
-
-/// The documented graph (rows V1 to V8 and X1 to X10 of the contract): whether a volume's status may
-/// go from one to the other in one step, while volfs runs.
-pub fn edge_is_documented(from: Status, to: Status) -> bool {
-    use Status::*;
-    let settled = |s: Status| !s.in_flight();
-    match (from, to) {
-        // V3 to V8: what is observed corrects where a volume is; V6 has its own check.
-        (from, to) if settled(from) && settled(to) => true,
-        // X1, X2: begun where it is detached, or lost and waited for. R: after a crash it is unknown, and taken over.
-        (Detached | Lost | Unknown, Attaching) => true,
-        // X3, X4.
-        (Attached | Lost | Remote | Unknown, Detaching) => true,
-        // X5.
-        (Detached | Attached | Unknown, Resizing | Snapshotting) => true,
-        // X6.
-        (Detached | Unknown, Reverting) => true,
-        // X7, X10: destroy has its volumes from the moment it begins.
-        (Detached | Missing | Attached | Unknown, Deleting) => true,
-        // X10: its parts.
-        (Deleting, Detaching) | (Detaching, Deleting) => true,
-        // Ends: done, or refused and as before, or in doubt; and what a look in the same moment found.
-        (Attaching, Attached | Remote | Detached | Lost | Unknown) => true,
-        (Detaching, Detached | Attached | Remote | Lost | Unknown) => true,
-        (Resizing | Snapshotting, Detached | Attached | Unknown) => true,
-        (Reverting, Detached | Unknown) => true,
-        (Deleting, Detached | Attached | Missing | Unknown) => true,
-        _ => false,
     }
 }

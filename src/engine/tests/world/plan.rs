@@ -38,6 +38,8 @@ pub enum Hand {
     Unmark,
     /// Our own mark is put back.
     GiveBack,
+    /// Another host that has imported it too sets its mark, if there is none.
+    Rival,
 }
 
 /// One step of a schedule. Volumes are numbers: 0 and 1 are ours from the start, 2 carries another
@@ -60,6 +62,8 @@ pub enum Step {
     Cancel,
     Kill,
     Reboot,
+    /// The daemon ends, an import puts that volume into our record, and the next daemon starts.
+    Import(usize),
     /// Milliseconds pass.
     Pass(u64),
 }
@@ -84,6 +88,8 @@ fn time(dice: &mut Dice) -> u64 {
 fn step(dice: &mut Dice) -> Step {
     let ours = usize::try_from(dice.roll(2)).unwrap();
     let any = usize::try_from(dice.roll(5)).unwrap();
+    // Now and then about what was imported, or is to be.
+    let ours = if dice.roll(5) == 0 { 3 } else { ours };
     match dice.roll(100) {
         0..45 => Step::Do(if dice.roll(6) == 0 { any } else { ours }, cmd(dice)),
         45..72 => Step::Arm(point(dice), fault(dice)),
@@ -94,7 +100,8 @@ fn step(dice: &mut Dice) -> Step {
         87..89 => Step::Use(ours),
         89..93 => Step::Abandon,
         93..95 => Step::Cancel,
-        95..99 => Step::Kill,
+        95..97 => Step::Kill,
+        97 | 98 => Step::Import(2 + usize::try_from(dice.roll(3)).unwrap()),
         _ => Step::Reboot,
     }
 }
@@ -150,7 +157,7 @@ fn fault(dice: &mut Dice) -> Fault {
 
 fn hand(dice: &mut Dice) -> Hand {
     use Hand::*;
-    dice.of(&[Detach, Detach, AttachHere, AttachThere, AttachThere, Delete, TakeMark, Unmark, GiveBack])
+    dice.of(&[Detach, Detach, AttachHere, AttachThere, AttachThere, Delete, TakeMark, Unmark, GiveBack, Rival])
 }
 
 /// The smallest part of a schedule that still fails, found by leaving out ever shorter runs of steps.

@@ -141,6 +141,10 @@ impl Game {
                 self.disturb();
                 self.sim.follow_all();
             }
+            Step::Import(n) => {
+                self.sim.kill();
+                self.import(self.volume(n));
+            }
             Step::Pass(ms) => {
                 tokio::time::sleep(Duration::from_millis(ms)).await;
                 self.check();
@@ -219,7 +223,7 @@ impl Game {
             let mut state = self.sim.state();
             let Some(v) = state.sky.volumes.get_mut(&volume) else { return };
             // The cloud does one thing at a time with a volume, whoever asks; tags are no job.
-            let tags = matches!(hand, Hand::TakeMark | Hand::Unmark | Hand::GiveBack);
+            let tags = matches!(hand, Hand::TakeMark | Hand::Unmark | Hand::GiveBack | Hand::Rival);
             if v.pending.is_some() && !tags {
                 return;
             }
@@ -232,7 +236,10 @@ impl Game {
                 (Hand::Delete, None) => drop(state.sky.volumes.remove(&volume)),
                 (Hand::TakeMark, _) => v.mark = Some(self.theirs),
                 (Hand::Unmark, _) => v.mark = None,
-                (Hand::GiveBack, _) => v.mark = mark,
+                // An epoch 0 is on no volume.
+                (Hand::GiveBack, _) => v.mark = mark.filter(|m| m.epoch > 0),
+                (Hand::Rival, _) if v.mark.is_some() => return,
+                (Hand::Rival, _) => v.mark = Some(self.theirs),
             }
             if matches!(hand, Hand::AttachHere | Hand::AttachThere)
                 && let Some(v) = state.sky.volumes.get_mut(&volume)
@@ -243,6 +250,30 @@ impl Game {
         self.sim.touched(volume);
         let after = self.sim.latency(3000);
         self.sim.follow_later(volume, after);
+    }
+
+    /// What `volfs import` leaves in the record, while no daemon runs.
+    fn import(&self, volume: VolumeId) {
+        let at = Timestamp(0);
+        let mut state = self.sim.state();
+        let record = &mut state.record;
+        if record.owns.values().any(|own| own.volume == volume) {
+            return;
+        }
+        let mut batch = Vec::new();
+        let living = record.jobs.iter().find(|(_, job)| !job.forgotten).map(|(row, _)| *row);
+        let job = living.unwrap_or(JobRow(record.high[0] + 1));
+        if living.is_none() {
+            batch.push(Change::JobAdd { row: job, id: job_id("imported"), at });
+        }
+        let row = DiskRow(record.high[2] + 1);
+        let disk = disk_name(&format!("imported{}", row.0));
+        batch.extend([
+            Change::VolumeAdd { row: VolumeRow(record.high[1] + 1), volume, name: "v".into(), size: GIB, at },
+            Change::VolumeStatus { volume, status: Status::Unknown, at },
+            Change::DiskAdd { row, job, disk, volume, epoch: 0, at },
+        ]);
+        record.take(&batch).unwrap();
     }
 
     /// What must hold at every moment.
@@ -330,6 +361,11 @@ impl Game {
             }
             tokio::time::sleep(Duration::from_secs(5)).await;
         }
+        if self.engine.world().volumes.values().any(|v| v.imported()) {
+            // What was refused is tried again at once.
+            let command = Command { action: Action::Reconcile { vm: None }, timeout: None, nowait: false };
+            let _ = self.engine.submit(Target::Root, command, root()).ticket.wait().await;
+        }
         tokio::time::sleep(Duration::from_secs(140)).await;
         self.check();
         self.truth();
@@ -347,6 +383,10 @@ impl Game {
             let ours = Mark { record: self.sim.0.record, epoch: volume.epoch };
             let truth = match &seen {
                 None => Status::Missing,
+                Some(seen) if volume.imported() && seen.mark.is_none() => {
+                    self.wrong(format!("{uuid} was imported, carries no mark, and is not claimed"));
+                    continue;
+                }
                 Some(seen) if seen.mark != Some(ours) => Status::Conflict,
                 Some(seen) => match seen.attached.map(|a| a.vm) {
                     None => Status::Detached,

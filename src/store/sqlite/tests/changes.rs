@@ -391,6 +391,22 @@ fn the_epoch_outlives_its_ownership() {
     assert_eq!((loaded.next.epoch, loaded.next.disk), (18, 3));
 }
 
+#[test]
+fn an_imported_ownership_gets_its_epoch_once_and_for_good() {
+    let (dir, store) = fresh();
+    put(&store, vec![job_add(1, "a"), volume_add(1), disk_add(1, 1, "d0", 1, 0)]);
+    let marked = |row, epoch| vec![Change::DiskMarked { row: DiskRow(row), epoch }];
+    for (row, epoch) in [(1, 0), (2, 7)] {
+        assert!(matches!(commit(&store, marked(row, epoch)), Err(StoreError::Constraint { .. })), "{row} {epoch}");
+    }
+    let (store, loaded) = reloaded(&dir, store);
+    assert_eq!((loaded.disks[0].epoch, loaded.next.epoch), (0, 1));
+    put(&store, marked(1, 7));
+    assert!(commit(&store, marked(1, 8)).is_err(), "a mark is given up by its verbs only");
+    let (_store, loaded) = reloaded(&dir, store);
+    assert_eq!((loaded.disks[0].epoch, loaded.next.epoch), (7, 8));
+}
+
 /// A mark with an epoch that the record does not know to have given makes it a copy: also where the
 /// operation that it was given to failed and was dropped from the history since.
 #[test]
