@@ -23,9 +23,9 @@ struct Yard {
 }
 
 impl Yard {
-    fn new(points: &str) -> Self {
-        let mut site =
-            Site::prepare(Options::with_loops(), &[("VOLFS_FAILPOINTS", points)], "timeout = 4\n").without_rounds();
+    fn new(points: &str, more: &str) -> Self {
+        let env = [("VOLFS_FAILPOINTS", points)];
+        let mut site = Site::prepare(Options::with_loops(), &env, more).without_rounds();
         site.volfs.launch();
         let mut yard = Yard { site, others: Vec::new(), loose: Vec::new() };
         for name in OTHERS {
@@ -126,7 +126,7 @@ impl Yard {
 
 #[test]
 fn c12_with_the_cloud_down_nothing_is_changed_and_repeating_finishes() {
-    let yard = Yard::new("");
+    let yard = Yard::new("", "timeout = 5\n");
     let cloud = &yard.site.cloud;
     let ids = yard.made(B);
     let (before, of_b) = (yard.picture(), yard.cloud_of(&ids));
@@ -161,7 +161,7 @@ fn c12_killed_half_way_it_leaves_the_others_and_what_is_left_of_its_own() {
     let steps = [("cloudstack.submitted", 1, 2), ("delete.after-call", 1, 1), ("destroy.between", 2, 1)];
     let points: Vec<String> =
         steps.iter().map(|(point, ..)| format!("{point}=kill:{}/{point}", arms.path().display())).collect();
-    let mut yard = Yard::new(&points.join(";"));
+    let mut yard = Yard::new(&points.join(";"), "");
     for (point, hit, left) in steps {
         let ids = yard.made(B);
         let before = yard.picture();
@@ -183,7 +183,7 @@ fn c12_killed_half_way_it_leaves_the_others_and_what_is_left_of_its_own() {
 
 #[test]
 fn x10_a_volume_that_was_out_of_sight_and_is_back_is_not_forgotten() {
-    let yard = Yard::new("reconcile.no-gap=fail");
+    let yard = Yard::new("reconcile.no-gap=fail", "");
     let (cloud, volfs) = (&yard.site.cloud, &yard.site.volfs);
     let ids = yard.made(B);
     let before = yard.picture();

@@ -140,9 +140,13 @@ fn made(volfs: &Volfs, job: &str) -> Vec<String> {
     uuids
 }
 
+/// Of the latest operations; one of a destroy and its parts are less.
 fn in_flight(volfs: &Volfs) -> bool {
     let ids = fs::read_dir(volfs.path("operations")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
-    ids.into_iter().any(|id| volfs.read(format!("operations/{id}")).unwrap_or_default().contains("\"ended\":null"))
+    let mut ids: Vec<u64> = ids.map(|id| id.parse().unwrap()).collect();
+    ids.sort_unstable();
+    let open = |id: &u64| volfs.read(format!("operations/{id}")).unwrap_or_default().contains("\"ended\":null");
+    ids.iter().rev().take(16).any(open)
 }
 
 #[test]
@@ -194,6 +198,8 @@ fn c12_a_job_in_the_middle_of_create_is_as_it_was_and_goes_on() {
         let all = || fs::read_dir(yard.volfs.state().join("loop/volumes")).unwrap().count();
         // Past its call the volume is there, marked, and in no record but the journal.
         yard.volfs.until("the create at its point", || all() == 9 + 2 * n);
+        let journaled = |p: &Picture| p.0.values().any(|row| row.contains(&format!("create new-{n} ")));
+        yard.volfs.until("its journal", || journaled(&yard.picture()));
         let before = yard.picture();
         assert!(before.0[&format!("jobs/{other}/status")].contains("creating=1"));
         assert_eq!(yard.destroy(), 0, "{}", yard.volfs.log());
@@ -303,7 +309,8 @@ fn c12_a_volume_that_will_not_detach_stops_it_and_who_has_it_is_said() {
     assert!(uuids.iter().all(|uuid| stored(&yard.volfs, uuid).exists()), "nothing is deleted");
     before.is_still(&yard.picture(), "stopped");
     drop(user);
-    assert_eq!(yard.destroy(), 0, "{}", yard.volfs.log());
+    // A child of another test that has not begun its program yet may have a copy of that descriptor.
+    yard.volfs.until("end of all copies", || yard.destroy() == 0);
     yard.is_destroyed(&uuids, &before);
 }
 
@@ -340,9 +347,7 @@ fn c9_c12_what_was_handed_over_goes_with_its_owner_of_now_and_with_no_other() {
     let held = gate.close();
     let waiter = yard.begin();
     running(volfs, "destroy");
-    volfs.until("phase 3", || {
-        volfs.log().contains("status") && !volfs.read(format!("jobs/{B}/table")).unwrap().contains("attached")
-    });
+    volfs.until("phase 3", || !volfs.read(format!("jobs/{B}/table")).unwrap().contains("attached"));
     for uuid in [&uuids[0], &uuids[1], &given] {
         assert_eq!(tell(volfs, uuid, "move giver"), EBUSY);
     }

@@ -187,6 +187,11 @@ pub fn contents(path: &Path) -> String {
             };
             return text().lines().map(but_seconds).collect::<Vec<_>>().join("\n");
         }
+        // A child of this process that has not begun its program yet has copies of all descriptors.
+        Some("holders") => {
+            let own = std::process::id().to_string();
+            return text().lines().filter(|line| line.split('\t').nth(1) == Some(&own)).collect::<Vec<_>>().join("\n");
+        }
         // What a move could do now is about the jobs that it would go to.
         Some("control") => {
             return text().lines().filter(|line| !line.starts_with("move:")).collect::<Vec<_>>().join("\n");
