@@ -197,8 +197,7 @@ impl Engine {
         failpoint::reach("detach.after-call").await;
         match answer {
             Err(fail) if fail.ambiguous => match self.look_after(live, volume.uuid).await {
-                // What is still pending has no outcome yet, whatever the look shows.
-                Ok(Some(seen)) if seen.pending.is_none() && seen.attached.is_none_or(|a| a.vm != vm) => Ok(()),
+                Ok(Some(seen)) if seen.attached.is_none_or(|a| a.vm != vm) => Ok(()),
                 _ => Err(fail),
             },
             other => other,

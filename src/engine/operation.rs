@@ -485,19 +485,22 @@ impl Engine {
     }
 
     /// Looks after a call that got no clear answer: not before the cloud's job on the volume is final,
-    /// because until then no look is the call's outcome. Only an operation that was asked to stop gets a
-    /// look with a job pending.
+    /// because until then no look is the call's outcome. An operation that was asked to stop gets none.
     pub(super) async fn look_after(&self, live: &Live, volume: VolumeId) -> Result<Option<CloudVolume>, CloudError> {
         loop {
             let looked = self.cloud.find(volume).await?;
-            match looked.as_ref().and_then(|seen| seen.pending.as_deref()) {
-                Some(job) if !live.stopping() => {
-                    let step = format!("no clear answer: the cloud's job {job} is still pending");
-                    self.publish(|core, _| core.step(live.id, &step));
-                    tokio::time::sleep(LOOK_AGAIN).await;
-                }
-                _ => return Ok(looked),
+            let pending = match &looked {
+                Some(seen) => seen.pending.clone(),
+                // A volume that is not there shows no job: it is asked for by the operation's own identity.
+                None => self.cloud.running(live.fence).await?,
+            };
+            let Some(job) = pending else { return Ok(looked) };
+            let words = format!("no clear answer: the cloud's job {job} is still pending");
+            if live.stopping() {
+                return Err(CloudError::Ambiguous { words });
             }
+            self.publish(|core, _| core.step(live.id, &words));
+            tokio::time::sleep(LOOK_AGAIN).await;
         }
     }
 

@@ -230,8 +230,6 @@ impl Engine {
                     return Err(fail);
                 }
                 match self.look_after(live, volume).await {
-                    // What is still pending has no outcome yet, whatever the look shows.
-                    Ok(Some(seen)) if seen.pending.is_some() => Err(fail),
                     Ok(Some(seen)) if seen.mark == new.map(|l| l.mark) => Ok(()),
                     Ok(Some(seen)) if seen.mark == expect => Err(Fail::clean(fail.error)),
                     _ => Err(fail),

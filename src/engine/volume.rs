@@ -213,8 +213,6 @@ impl Engine {
         match answer {
             Ok(()) => Ok(()),
             Err(fail) if fail.ambiguous => match self.look_after(live, volume.uuid).await {
-                // What is still pending has no outcome yet, whatever the look shows.
-                Ok(Some(seen)) if seen.pending.is_some() => Err(fail),
                 Ok(Some(seen)) if seen.attached.is_some_and(|a| a.vm == vm) => Ok(()),
                 Ok(Some(seen)) if seen.attached.is_none() => Err(Fail::clean(fail.error)),
                 _ => Err(fail),
