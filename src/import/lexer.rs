@@ -290,8 +290,8 @@ impl<R: Read> Lexer<R> {
             self.at += 1;
             self.quoted(b'\'')?;
             return Ok(match first.to_ascii_lowercase() {
-                b'x' => self.from_hex(),
-                b'b' => self.from_bits(),
+                b'x' => self.hex(),
+                b'b' => self.bits(),
                 _ => Token::Text,
             });
         }
@@ -304,7 +304,7 @@ impl<R: Read> Lexer<R> {
         let prefix = self.text.get(..2).unwrap_or_default().to_ascii_lowercase();
         if matches!(&*prefix, b"0x" | b"0b") {
             self.text.drain(..2);
-            return Ok(if prefix == b"0x" { self.from_hex() } else { self.from_bits() });
+            return Ok(if prefix == b"0x" { self.hex() } else { self.bits() });
         }
         // 1.5e-7
         if self.text.last().is_some_and(|b| matches!(b, b'e' | b'E')) && matches!(self.peek()?, Some(b'+' | b'-')) {
@@ -315,7 +315,7 @@ impl<R: Read> Lexer<R> {
         Ok(Token::Number)
     }
 
-    fn from_hex(&mut self) -> Token {
+    fn hex(&mut self) -> Token {
         let digit = |b: &u8| char::from(*b).to_digit(16).and_then(|d| u8::try_from(d).ok()).unwrap_or(0);
         if self.text.len() % 2 == 1 {
             self.text.insert(0, b'0');
@@ -324,7 +324,7 @@ impl<R: Read> Lexer<R> {
         Token::Text
     }
 
-    fn from_bits(&mut self) -> Token {
+    fn bits(&mut self) -> Token {
         let value = self.text.iter().fold(0u64, |n, b| n << 1 | u64::from(*b == b'1'));
         if self.keep {
             self.text = value.to_string().into_bytes();

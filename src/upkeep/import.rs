@@ -52,9 +52,17 @@ pub fn import(config: &Config, import: &Import) -> Result<(), Problem> {
         false => write(config, &dump, by, &name)?,
     };
     let report = Report::of(&dump, &plan, import.dry_run);
-    match import.json {
-        true => tell(&[serde_json::to_string_pretty(&report).map_err(|e| Problem::with("the report", e))?]),
+    let told = match import.json {
+        true => serde_json::to_string_pretty(&report)
+            .map_err(|e| Problem::with("the report", e))
+            .and_then(|text| tell(&[text])),
         false => tell(&report.lines()),
+    };
+    match told {
+        Err(problem) if report.changes && !import.dry_run => Err(Problem(format!(
+            "{problem}; the import was done all the same: import again to read what is left to do"
+        ))),
+        told => told,
     }
 }
 

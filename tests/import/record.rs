@@ -110,6 +110,23 @@ fn an_import_beside_a_daemon_or_over_what_has_not_ended_is_refused() {
     assert!(read_only.status == 1 && read_only.err.contains("read-only"), "{read_only:?}");
 }
 
+#[test]
+fn an_import_into_an_older_copy_of_the_record_is_refused() {
+    let Some(old) = Old::make(Schema::Before) else { return };
+    let (on, dump) = (Volfs::prepare(&[], ""), old.dumped());
+    ok(&on, &[dump.to_str().unwrap()]);
+    let (record, copy) = (on.state().join("volfs.db"), on.scratch("copy"));
+    fs::copy(&record, &copy).unwrap();
+    old.sql("INSERT INTO ossea_volumes VALUES (9, '99999999-9999-4999-8999-999999999999', 'v', 1, 1, '', '', '', '')");
+    ok(&on, &[old.dumped().to_str().unwrap()]);
+    fs::copy(&copy, &record).unwrap();
+    let before = contents(&on.state());
+    let said = run(&on, &[old.dumped().to_str().unwrap()], &[]);
+    assert!(said.status == 1 && said.err.contains("adopt --this-host"), "{said:?}");
+    assert!(said.err.contains("nothing was imported"), "{said:?}");
+    assert_eq!(contents(&on.state()), before);
+}
+
 /// Every file below that can be read. Links, devices and streams are left out.
 fn everything(below: &Path, found: &mut Vec<(PathBuf, Vec<u8>)>) {
     for entry in fs::read_dir(below).into_iter().flatten().flatten() {
