@@ -33,7 +33,7 @@ fn assert_marked(lab: &Lab, engine: &Arc<Engine>, row: DiskRow, volume: VolumeId
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_imported_volume_without_a_mark_is_claimed_journaled_first_and_then_settled() {
+async fn v7_an_imported_volume_without_a_mark_is_claimed_journaled_first_and_then_settled() {
     let lab = Lab::new();
     let there = lab.vm(true);
     let (free, remote, here) = (lab.foreign(GIB, None), lab.foreign(GIB, None), lab.foreign(GIB, None));
@@ -73,7 +73,7 @@ async fn an_imported_volume_without_a_mark_is_claimed_journaled_first_and_then_s
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_imported_volume_of_another_record_is_in_conflict_says_whose_and_is_not_called_about() {
+async fn v8_an_imported_volume_of_another_record_is_in_conflict_says_whose_and_is_not_called_about() {
     let lab = Lab::new();
     let theirs = Mark { record: RecordId::random(), epoch: 4 };
     let old = Mark { record: lab.record_id(), epoch: 0 };
@@ -257,7 +257,7 @@ fn hand_over() -> Action {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_unmarked_volume_is_released_without_the_cloud_and_no_tag_is_touched() {
+async fn x8_an_unmarked_volume_is_released_without_the_cloud_and_no_tag_is_touched() {
     let lab = Lab::new();
     let v = lab.foreign(GIB, None);
     let row = lab.import(v, "d");
