@@ -80,12 +80,30 @@ fn cut_short(live: &Live, what: String) -> Error {
     Error::CutShort { what, way_out }
 }
 
+/// The volume that an operation of the journal is about; that of a claim is in its words only.
+fn about(row: &OpRow) -> Option<VolumeId> {
+    let named = || match command::parse(row.command.as_bytes(), Place::Job).ok()?.action {
+        Action::Claim { volume, .. } => Some(volume),
+        _ => None,
+    };
+    row.volume.or_else(named)
+}
+
+/// Whether an unfinished operation has a later one on its volume: only what has ended makes room.
+pub(super) fn overtaken(row: &OpRow, unfinished: &[OpRow]) -> bool {
+    about(row).is_some_and(|v| unfinished.iter().any(|later| later.id > row.id && about(later) == Some(v)))
+}
+
 impl Engine {
     /// Takes over an unfinished operation in memory, so that its object shows it and equal commands join.
     pub(super) fn take_over(&self, row: &OpRow) -> Option<Live> {
         let target = {
             let core = self.core.lock();
-            match (row.volume.and_then(|v| core.world.by_uuid.get(&v).copied()), row.job) {
+            let owned = |v: VolumeId| core.world.by_uuid.get(&v).copied();
+            // A claim's volume was in no job; an import since then has put it into one.
+            let imported = |row: &DiskRow| core.world.volumes.get(row).is_some_and(|v| v.imported());
+            let volume = row.volume.and_then(owned).or_else(|| about(row).and_then(owned).filter(imported));
+            match (volume, row.job) {
                 (Some(volume), _) => Target::Volume(volume),
                 (None, Some(job)) if core.world.jobs.contains_key(&job) => Target::Job(job),
                 _ => return None,
@@ -120,12 +138,24 @@ impl Engine {
     }
 
     /// An unfinished operation whose object is gone, or whose command is not understood, ends here.
-    pub(super) async fn close_stray(&self, row: &OpRow) {
+    pub(super) async fn close_stray(self: Arc<Self>, row: &OpRow) {
+        let sentence = "a crash came, and what it was about is not here any more";
+        self.close(row, Outcome::Interrupted, sentence).await;
+    }
+
+    /// As does one whose volume the journal shows under a later one: it had ended, without success, and a
+    /// crash came before the record took that.
+    pub(super) async fn close_overtaken(self: Arc<Self>, row: &OpRow) {
+        let sentence = "it failed, and a crash came before the record took its end";
+        self.close(row, Outcome::Ambiguous, sentence).await;
+    }
+
+    async fn close(self: Arc<Self>, row: &OpRow, outcome: Outcome, sentence: &str) {
         let at = (self.clock)();
-        let sentence = "a crash came, and what it was about is not here any more".to_owned();
-        let end = Change::OpEnd { id: row.id, outcome: Outcome::Interrupted, sentence, at };
-        if let Err(error) = self.store.commit(vec![end]).await {
-            tracing::error!(operation = %row.id, "its end could not be recorded: {error}");
+        let end = Change::OpEnd { id: row.id, outcome, sentence: sentence.into(), at };
+        if let Err(error) = self.store.commit(vec![end.clone()]).await {
+            tracing::error!(operation = %row.id, "its end could not be recorded, and is tried again: {error}");
+            self.end_later(end).await;
         }
     }
 

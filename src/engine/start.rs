@@ -13,6 +13,7 @@ use super::core::Core;
 use super::host::Proof;
 use super::jobs::new_job;
 use super::ownership::blank;
+use super::recovery::overtaken;
 use super::truth::Truth;
 use super::world::{Component, Counters, Health, HistoryRow, Mapping, Times, Volume, World};
 use super::{Engine, Options};
@@ -82,6 +83,12 @@ impl Engine {
             asked,
         });
         if engine.truth.refusing().is_none() {
+            let (ended, unfinished): (Vec<OpRow>, Vec<OpRow>) =
+                unfinished.iter().cloned().partition(|row| overtaken(row, &unfinished));
+            for row in ended {
+                let engine = engine.clone();
+                runtime.spawn(async move { engine.close_overtaken(&row).await });
+            }
             for row in unfinished {
                 match engine.take_over(&row) {
                     Some(live) => {

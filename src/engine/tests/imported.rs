@@ -371,3 +371,24 @@ async fn volfss_own_claim_can_be_cancelled_and_abandoned_and_is_tried_again() {
         assert_marked(&lab, &engine, row, v);
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_a_crash_left_behind_and_an_import_of_its_volume_end_as_one_ownership() {
+    for act in [Act::KillBefore, Act::KillAfter] {
+        let lab = Lab::new();
+        let v = lab.foreign(GIB, None);
+        let engine = lab.start().await;
+        let job = lab.job(&engine, "j").await;
+        let life = lab.life();
+        lab.script(At::Mark, act);
+        lab.go(&engine, Target::Job(job), Action::Claim { volume: v, disk: Some(disk_name("d")), from: None });
+        lab.until_killed(life).await;
+        let row = lab.import(v, "imported");
+        let engine = lab.start().await;
+        settled(&lab, &engine).await;
+        assert_eq!(engine.world().volumes.len(), 1);
+        assert_eq!(lab.status(&engine, row), Status::Detached);
+        assert_marked(&lab, &engine, row, v);
+        assert!(lab.lines(&["refused"]).is_empty(), "{:?}", lab.lines(&["refused"]));
+    }
+}
