@@ -80,12 +80,25 @@ fn cut_short(live: &Live, what: String) -> Error {
     Error::CutShort { what, way_out }
 }
 
+/// The volume that an operation of the journal is about; that of a claim is in its words only.
+fn about(row: &OpRow) -> Option<VolumeId> {
+    let named = || match command::parse(row.command.as_bytes(), Place::Job).ok()?.action {
+        Action::Claim { volume, .. } => Some(volume),
+        _ => None,
+    };
+    row.volume.or_else(named)
+}
+
 impl Engine {
     /// Takes over an unfinished operation in memory, so that its object shows it and equal commands join.
     pub(super) fn take_over(&self, row: &OpRow) -> Option<Live> {
         let target = {
             let core = self.core.lock();
-            match (row.volume.and_then(|v| core.world.by_uuid.get(&v).copied()), row.job) {
+            let owned = |v: VolumeId| core.world.by_uuid.get(&v).copied();
+            // A claim's volume was in no job; an import since then has put it into one.
+            let imported = |row: &DiskRow| core.world.volumes.get(row).is_some_and(|v| v.imported());
+            let volume = row.volume.and_then(owned).or_else(|| about(row).and_then(owned).filter(imported));
+            match (volume, row.job) {
                 (Some(volume), _) => Target::Volume(volume),
                 (None, Some(job)) if core.world.jobs.contains_key(&job) => Target::Job(job),
                 _ => return None,

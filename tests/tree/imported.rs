@@ -43,7 +43,7 @@ fn is_marked(volfs: &Volfs, uuid: &str) {
 }
 
 #[test]
-fn imported_volumes_are_claimed_by_the_next_mount_and_are_where_they_were() {
+fn v7_imported_volumes_are_claimed_by_the_next_mount_and_are_where_they_were() {
     let mut volfs = Volfs::start();
     let uuids = volfs.job("j", &["here", "free", "theirs"], "1M");
     let [here, free, theirs] = [0, 1, 2].map(|n| uuids[n].as_str());

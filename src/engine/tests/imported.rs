@@ -33,7 +33,7 @@ fn assert_marked(lab: &Lab, engine: &Arc<Engine>, row: DiskRow, volume: VolumeId
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_imported_volume_without_a_mark_is_claimed_journaled_first_and_then_settled() {
+async fn v7_an_imported_volume_without_a_mark_is_claimed_journaled_first_and_then_settled() {
     let lab = Lab::new();
     let there = lab.vm(true);
     let (free, remote, here) = (lab.foreign(GIB, None), lab.foreign(GIB, None), lab.foreign(GIB, None));
@@ -73,7 +73,7 @@ async fn an_imported_volume_without_a_mark_is_claimed_journaled_first_and_then_s
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_imported_volume_of_another_record_is_in_conflict_says_whose_and_is_not_called_about() {
+async fn v8_an_imported_volume_of_another_record_is_in_conflict_says_whose_and_is_not_called_about() {
     let lab = Lab::new();
     let theirs = Mark { record: RecordId::random(), epoch: 4 };
     let old = Mark { record: lab.record_id(), epoch: 0 };
@@ -257,7 +257,7 @@ fn hand_over() -> Action {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_unmarked_volume_is_released_without_the_cloud_and_no_tag_is_touched() {
+async fn x8_an_unmarked_volume_is_released_without_the_cloud_and_no_tag_is_touched() {
     let lab = Lab::new();
     let v = lab.foreign(GIB, None);
     let row = lab.import(v, "d");
@@ -369,5 +369,26 @@ async fn volfss_own_claim_can_be_cancelled_and_abandoned_and_is_tried_again() {
         lab.release(At::Mark);
         lab.until_status(&engine, row, Status::Detached).await;
         assert_marked(&lab, &engine, row, v);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_a_crash_left_behind_and_an_import_of_its_volume_end_as_one_ownership() {
+    for act in [Act::KillBefore, Act::KillAfter] {
+        let lab = Lab::new();
+        let v = lab.foreign(GIB, None);
+        let engine = lab.start().await;
+        let job = lab.job(&engine, "j").await;
+        let life = lab.life();
+        lab.script(At::Mark, act);
+        lab.go(&engine, Target::Job(job), Action::Claim { volume: v, disk: Some(disk_name("d")), from: None });
+        lab.until_killed(life).await;
+        let row = lab.import(v, "imported");
+        let engine = lab.start().await;
+        settled(&lab, &engine).await;
+        assert_eq!(engine.world().volumes.len(), 1);
+        assert_eq!(lab.status(&engine, row), Status::Detached);
+        assert_marked(&lab, &engine, row, v);
+        assert!(lab.lines(&["refused"]).is_empty(), "{:?}", lab.lines(&["refused"]));
     }
 }

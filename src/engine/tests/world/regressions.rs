@@ -144,4 +144,20 @@ pub const ALL: &[Regression] = &[
             Pass(5),
         ],
     ),
+    (
+        "an operation whose end the record had not taken was settled beside the later one on its volume",
+        13667,
+        &[
+            Do(1, Attach),
+            Pass(300),
+            Arm(Point::Attach, KillBefore),
+            Arm(Point::End, Unreachable),
+            Do(0, Move),
+            Arm(Point::Find, JobFails(50)),
+            Pass(30),
+            Do(0, Attach),
+            Pass(30000),
+            Pass(1500),
+        ],
+    ),
 ];
