@@ -127,6 +127,19 @@ fn predecessor_98_a_snapshot_that_fails_hands_nothing_over() {
 }
 
 #[test]
+fn predecessor_98_a_revert_of_which_nobody_knows_the_end_is_done_again() {
+    let stage = Stage::new(false);
+    stage.write("before");
+    stage.ok("test-failover");
+    stage.vm_writes();
+    stage.site.cloud.fault(Fault::new("revertSnapshot", Kind::JobLost));
+    let said = stage.sh(&format!("{SCRIPTS}/rollback-failover"));
+    assert_ne!(said.status, 0, "it does not guess: {said:?}");
+    assert_eq!(stage.ok("rollback-failover"), "");
+    stage.is_home("before", "after a second run");
+}
+
+#[test]
 fn a_vms_own_root_disk_is_replaced_by_the_jobs() {
     let stage = Stage::new(true);
     stage.write("before");
