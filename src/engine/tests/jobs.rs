@@ -364,7 +364,7 @@ async fn x10_x7_a_missing_volume_that_is_there_again_is_not_forgotten() {
 async fn x10_x7_a_missing_volume_is_dropped_only_by_a_look_that_proves_it() {
     let lab = Lab::new();
     let (engine, job, row, seen) = one_missing(&lab).await;
-    let host = lab.state().sky.vms[&lab.host].clone();
+    let host = lab.state().sky.vms[&lab.host];
     for blind in [true, false] {
         // Credentials that do not see this host prove nothing, and no answer is none.
         match blind {
@@ -376,7 +376,7 @@ async fn x10_x7_a_missing_volume_is_dropped_only_by_a_look_that_proves_it() {
             assert_eq!(error.errno(), Errno::EHOSTUNREACH, "{error}");
             assert_eq!((lab.count("cloud delete"), engine.world().volumes.len()), (0, 2));
         }
-        lab.state().sky.vms.insert(lab.host, host.clone());
+        lab.state().sky.vms.insert(lab.host, host);
         lab.state().sky.down = false;
     }
     lab.run(&engine, Target::Volume(row), Action::Reconcile { vm: None }).await.unwrap();
