@@ -338,7 +338,7 @@ fn play(failpoints: &str, reads: usize, at_most: Duration) -> (Volfs, Vec<String
 #[test]
 fn adversary_no_open_of_device_or_block_is_another_disk() {
     let long = std::env::var("VOLFS_LONG").is_ok_and(|v| v == "1");
-    let (reads, at_most) = if long { (1_000_000, PATIENCE * 120) } else { (20_000, PATIENCE * 4) };
+    let (reads, at_most) = if long { (1_000_000, PATIENCE * 120) } else { (20_000, PATIENCE * 10) };
     let (volfs, wrong) = play("", reads, at_most);
     assert_eq!(wrong, [] as [String; 0], "{}", volfs.log());
     // Once it is over, all ends well, and the data is what it was. What is lost is given up first.
