@@ -44,7 +44,7 @@ fn fault(dice: &mut Dice) -> Fault {
         // Before anything is done: a job that fails half-way leaves what only an administrator can mend.
         _ => Kind::JobFails { at: Moment::Queued, code: 530, text: "the hypervisor does not like it".into() },
     };
-    Fault::new(*dice.one(&CALLS), kind)
+    Fault::new(dice.one::<&str>(&CALLS), kind)
 }
 
 /// Statuses that are not what the cloud's book and the kernel say.

@@ -491,7 +491,7 @@ fn v5_v8_devices_of_others_that_come_and_go_pile_up_no_looks() {
 }
 
 #[test]
-fn l9_each_change_of_status_is_recorded_and_held_against_the_graph() {
+fn v1_v2_v3_each_change_of_status_is_recorded_and_held_against_the_graph() {
     use volfs::model::Status::{Attached, Attaching, Detached, Detaching};
     let mut volfs = Volfs::start_with(&[], QUIET);
     let uuid = volfs.job("j", &["d"], "1M").remove(0);
