@@ -63,10 +63,10 @@ impl Core {
             let Some((outcome, sentence, at)) = &op.ended else { continue };
             let row = op.job;
             match (op.verb, outcome, row, job) {
-                (Verb::Mkdir | Verb::Rmdir, Outcome::Done, Some(row), Some(id)) => {
-                    if told.reaches(op, &at.to_string()) {
-                        self.missed_job(&told, op.verb, row, id);
-                    }
+                (Verb::Mkdir | Verb::Rmdir, Outcome::Done, Some(row), Some(id))
+                    if told.reaches(op, &at.to_string()) =>
+                {
+                    self.missed_job(&told, op.verb, row, id);
                 }
                 (Verb::Mkdir | Verb::Rmdir | Verb::Set, ..) => {}
                 _ if told.begun.contains(&op.id.0) && !told.ended.contains(&op.id.0) => {
