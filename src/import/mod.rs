@@ -1,5 +1,5 @@
-//! The old database's dump, read: [`source`] unpacks, [`lexer`] and [`dump`] read the `rows` that
-//! matter as a stream, [`decide`] says what becomes of them `against` a record, `report` tells.
+//! The old database's dump, read: `source` unpacks, `lexer` and `dump` read the `rows` that
+//! matter as a stream, `decide` says what becomes of them `against` a record, `report` tells.
 //! Writes nothing.
 
 mod against;
