@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use super::core::Live;
+use super::inflight::Live;
 use super::recovery::begins_again;
 use super::{Engine, Ticket};
 use crate::error::Errno;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Engine;
-use super::core::Live;
+use super::inflight::Live;
 use super::operation::{Acted, Done, Fail, LOOK_AGAIN, changed};
 use super::volume::{cannot_tell, facts, show_facts};
 use super::world::Volume;

@@ -15,7 +15,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::core::{Core, Live};
+use super::core::Core;
+use super::inflight::Live;
 use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail};
 use super::reconcile::Unmarked;
 use super::volume::{facts, show_facts};

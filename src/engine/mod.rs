@@ -30,12 +30,14 @@ use crate::store::Store;
 
 mod admission;
 mod asked;
+mod calls;
 mod core;
 mod decide;
 mod detach;
 pub mod events;
 mod host;
 mod imported;
+mod inflight;
 mod jobs;
 mod missed;
 mod operation;

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::Engine;
-use super::core::Live;
+use super::inflight::Live;
 use super::jobs::in_flight;
 use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail};
 use super::volume::{facts, show_facts};

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use tokio::time::Instant;
 
-use super::core::Live;
+use super::inflight::Live;
 use super::operation::{Done, Fail};
 use super::ticket::Ticket;
 use super::{Engine, Target};

@@ -11,8 +11,10 @@ use tokio::time::Instant;
 
 use super::Engine;
 use super::admission::Verdict;
-use super::core::{Core, Live};
-use super::operation::{Acted, Done, Fail, LOOK_AGAIN, PASSING_FIRST, PASSING_LONGEST, cloud_fail, pending};
+use super::calls::{PASSING_FIRST, PASSING_LONGEST};
+use super::core::Core;
+use super::inflight::Live;
+use super::operation::{Acted, Done, Fail, LOOK_AGAIN, cloud_fail, pending};
 use super::world::{Snapshot, Snapshots, Volume};
 use crate::cloud::{CloudError, CloudSnapshot, CloudVolume, Refusal};
 use crate::command::Action;

@@ -9,7 +9,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Engine;
-use super::core::{Core, Live};
+use super::core::Core;
+use super::inflight::Live;
 use super::operation::{Fail, cloud_fail};
 use super::world::Component;
 use super::{Action, Target};

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::Engine;
-use super::core::Live;
+use super::inflight::Live;
 use super::operation::{Acted, Done, Fail, LOOK_AGAIN, changed, cloud_fail};
 use super::snapshots::{has_snapshots, names_of_ours};
 use super::world::{Mapping, Volume};

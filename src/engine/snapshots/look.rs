@@ -9,7 +9,8 @@ use tokio::time::Instant;
 
 use super::super::Engine;
 use super::super::Target;
-use super::super::core::{Core, Live};
+use super::super::core::Core;
+use super::super::inflight::Live;
 use super::super::operation::cloud_fail;
 use super::super::world::{Snapshot, Snapshots, Volume};
 use crate::cloud::CloudSnapshot;

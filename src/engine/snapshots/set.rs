@@ -5,7 +5,8 @@ use imbl::OrdMap;
 use std::sync::Arc;
 
 use super::super::admission::Verdict;
-use super::super::core::{Core, Live};
+use super::super::core::Core;
+use super::super::inflight::Live;
 use super::super::operation::{Acted, Done, Fail};
 use super::super::ticket::Ticket;
 use super::super::world::{Job, Volume};
