@@ -4,6 +4,9 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 const BLKGETDISKSEQ: libc::c_ulong = 0x8008_1280;
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
@@ -17,6 +20,24 @@ const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
 
 /// `LO_FLAGS_AUTOCLEAR`: cleared when the last opener closes.
 pub const LO_FLAGS_AUTOCLEAR: u32 = 4;
+
+/// How long [`alone`] waits for looks that have begun.
+const ALONE_WITHIN: Duration = Duration::from_millis(200);
+
+/// Who opens a loop device only to look at it, in this process.
+static PASSING: RwLock<()> = RwLock::new(());
+
+/// To be held over opening, asking and closing a loop device in passing. A hundred commands that begin
+/// at once look at every device; on a busy machine each of them may be put aside with one open.
+pub fn passing() -> RwLockReadGuard<'static, ()> {
+    PASSING.read()
+}
+
+/// Meanwhile no look of this process has a loop device open: its last close can be waited for. Not to
+/// be held for long, as every look waits; and not waited for long, as a look may hang in a dead device.
+pub fn alone() -> Option<RwLockWriteGuard<'static, ()>> {
+    PASSING.try_write_for(ALONE_WITHIN)
+}
 
 /// `struct loop_info64`.
 #[repr(C)]

@@ -147,6 +147,8 @@ fn sweeps(text: &str) -> Vec<String> {
     let code: Vec<String> = text.lines().map(without_comment).collect();
     let tells = |line: &str| words(line).any(|w| taking.contains(&w));
     let takes_away = code.iter().any(|line| tells(line));
+    // The name that scripts give their own job's disks.
+    let disks = if text.contains("D=$J/disks") { "$J/disks/" } else { "$D/" };
     for (n, line) in code.iter().enumerate() {
         let mut wrong = |what: String| found.push(format!("line {}: {what}: {line}", n + 1));
         for word in words(line) {
@@ -166,7 +168,7 @@ fn sweeps(text: &str) -> Vec<String> {
         let plain = without_expansions(line);
         let globs = plain.split([' ', '\t', ';', '(', ')']).filter(|w| w.contains('/') && w.contains(['*', '?', '[']));
         for glob in globs.filter(|_| takes_away) {
-            let start = glob.replace(['"', '\''], "");
+            let start = glob.replace(['"', '\''], "").replace("$D/", disks);
             if !start.starts_with("$J/") {
                 wrong(format!("`{glob}` reaches beyond the script's own job, $J"));
             }

@@ -344,6 +344,7 @@ impl Source {
     /// Number, tag and number again on one descriptor: what lies between is one incarnation's.
     fn read_loop(&self) -> io::Result<Option<Facts>> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let _passing = sys::passing();
         let file = File::from(rustix::fs::open(&self.node, flags, Mode::empty())?);
         if node_dev(&file)? != Some(self.dev) {
             return Err(io::Error::other(format!("{} is not {}", self.node.display(), self.dev)));

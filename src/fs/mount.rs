@@ -35,7 +35,7 @@ const MOUNT_OPTIONS: &str = "rootmode=40000,user_id=0,group_id=0,allow_other,def
 /// How long a stop waits for the session to end, which it does when its last user leaves.
 const JOIN_MOST: Duration = Duration::from_secs(2);
 /// How long whatever is mounted there may take to answer a stat.
-const LOOK_MOST: Duration = Duration::from_secs(2);
+const LOOK_MOST: Duration = Duration::from_secs(10);
 /// The most dead mounts on top of one another that are cleared away.
 const DEAD_MOST: usize = 64;
 
@@ -71,7 +71,10 @@ pub enum MountError {
         why: String,
     },
     /// Another volfs serves it.
-    #[error("another volfs is mounted at {path} and alive: stop it, or choose another mount point")]
+    #[error(
+        "another volfs is mounted at {path}, alive or without an answer for {} s: stop it, or choose another mount point",
+        LOOK_MOST.as_secs()
+    )]
     Alive {
         /// The mount point.
         path: PathBuf,

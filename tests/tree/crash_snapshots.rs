@@ -5,8 +5,8 @@ use std::os::unix::fs::FileExt;
 
 use libc::{EEXIST, ENOENT};
 
-use super::crash::Left::{Any, Before, Done, Either, Nothing};
-use super::crash::{Case, PATTERN, Verb, data, sweep, volume_command};
+use super::sweep::Left::{Any, Before, Done, Either, Nothing};
+use super::sweep::{Case, PATTERN, Verb, data, sweep, volume_command};
 
 /// Beside the pattern that every sweep looks for.
 const AT: u64 = 4096;

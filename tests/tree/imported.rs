@@ -3,7 +3,7 @@
 use std::fs;
 
 use super::common::Volfs;
-use super::crash::{Done, Either, Point, data, history, in_flight, prepared};
+use super::sweep::{Done, Either, Point, data, history, in_flight, prepared};
 
 fn meta(volfs: &Volfs, uuid: &str) -> serde_json::Value {
     let text = fs::read_to_string(data(volfs, uuid).with_file_name("meta.json")).unwrap();

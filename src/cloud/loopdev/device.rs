@@ -16,6 +16,8 @@ use crate::sys::{self, LO_FLAGS_AUTOCLEAR, LoopInfo64};
 
 /// How long a detach waits for somebody who opened the device in passing (udev, a scanner).
 const PASSING_USERS: Duration = Duration::from_millis(1500);
+/// How long the kernel may take after the last close.
+const LAST_CLOSE: Duration = Duration::from_millis(20);
 /// How often the kernel is asked meanwhile.
 const LOOK_EVERY: Duration = Duration::from_millis(4);
 /// How long an attach tries to win a free device against others.
@@ -108,6 +110,7 @@ pub(super) fn confirm(candidates: Vec<(u32, Vec<u8>)>, volume: VolumeId, data: &
         let sys = PathBuf::from(format!("/sys/block/loop{number}"));
         let seq = diskseq(&sys);
         let mut binding = Binding { number, ours: false, ending: false, autoclear: false, path, diskseq: seq };
+        let _passing = sys::passing();
         match open(number) {
             Ok(device) => match sys::loop_status(device.as_fd()) {
                 Ok(info) if (info.lo_device, info.lo_inode) == (file.dev(), file.ino()) => {
@@ -199,6 +202,11 @@ pub(super) fn unbind(binding: &Binding, data: &Path, mut reached: impl FnMut(&st
         reached("loop.detach.flushed");
         set_autoclear(&device, true)?;
         reached("loop.detach.flagged");
+        let _alone = sys::alone();
+        drop(device);
+        if wait_gone(binding, LAST_CLOSE) {
+            return Ok(Unbound::Gone);
+        }
     }
     if wait_gone(binding, PASSING_USERS) {
         return Ok(Unbound::Gone);

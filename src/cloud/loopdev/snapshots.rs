@@ -95,9 +95,12 @@ impl Inner {
         }
         point("loop.snapshot.built")?;
         let path = holder.join(id_for(fence).to_string());
-        if let Err(e) = fs::rename(&beside, &path) {
+        let counting = self.counting();
+        if let Err(error) =
+            counting.and_then(|_all| fs::rename(&beside, &path).map_err(|e| not_started(path.display(), &e)))
+        {
             clear_away(&beside);
-            return Err(not_started(path.display(), &e));
+            return Err(error);
         }
         sync_dir(&holder).map_err(|e| ambiguous(path.display(), e))?;
         point("loop.snapshot.after")?;
@@ -106,10 +109,7 @@ impl Inner {
 
     /// A directory with an empty file of `length` bytes in it: from then on they count as taken.
     fn take_room(&self, beside: &Path, length: u64, more: u64) -> Result<(), CloudError> {
-        let _all = match self.capacity {
-            Some(_) => Some(self.layout.lock_all()?),
-            None => None,
-        };
+        let _all = self.counting()?;
         self.check_capacity(more)?;
         let data = beside.join("data.img");
         let make = || {
@@ -311,9 +311,12 @@ impl Inner {
             return Err(error);
         }
         let data = self.layout.data(volume);
-        if let Err(e) = fs::rename(&next, &data) {
+        let counting = self.counting();
+        if let Err(error) =
+            counting.and_then(|_all| fs::rename(&next, &data).map_err(|e| not_started(data.display(), &e)))
+        {
             clear_away(&beside);
-            return Err(not_started(data.display(), &e));
+            return Err(error);
         }
         for dir in [self.layout.volume(volume), beside.clone()] {
             sync_dir(&dir).map_err(|e| ambiguous(data.display(), e))?;

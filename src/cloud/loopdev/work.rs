@@ -147,6 +147,12 @@ impl Inner {
         Ok(())
     }
 
+    /// Where a capacity is set: nobody else adds up meanwhile what there is. Held to take room, and over
+    /// a rename of what has been counted, as who counts would see it in neither place.
+    pub(super) fn counting(&self) -> Result<Option<Lock>, CloudError> {
+        self.capacity.map(|_| self.layout.lock_all()).transpose()
+    }
+
     /// Refuses `more` bytes that exceed what the store may promise in all.
     pub(super) fn check_capacity(&self, more: u64) -> Result<(), CloudError> {
         let Some(capacity) = self.capacity else { return Ok(()) };
@@ -194,10 +200,7 @@ impl Inner {
             }
             break lock;
         };
-        let _all = match self.capacity {
-            Some(_) => Some(self.layout.lock_all()?),
-            None => None,
-        };
+        let _all = self.counting()?;
         let made = self.check_space(size).and_then(|()| self.build(&beside, fence, size, new));
         let meta = match made {
             Ok(meta) => meta,
