@@ -23,10 +23,10 @@ fn stored(store: &Path, id: &str) -> Vec<(PathBuf, Vec<u8>)> {
     files.into_iter().map(|path| (path.clone(), fs::read(path).unwrap())).collect()
 }
 
-#[test]
-fn predecessor_61_cleaning_pgtest2_leaves_the_volume_of_pgwintestbios_alone() {
-    let Some(old) = Old::make(Schema::Before) else { return };
-    // Volumes of before, which carry no mark: made by another volfs, and given up by it.
+/// Volumes of before, which carry no mark: made by another volfs, and given up by it. They take the
+/// places of OLD_IDS in the old database. Answers who has their store, the configuration for it, the
+/// store, and their ids.
+fn volumes_of_before(old: &Old) -> (Volfs, String, PathBuf, Vec<String>) {
     let mut maker = Volfs::prepare(&[], "");
     let store = maker.scratch("store");
     let config = format!("[loop]\ndir = \"{}\"\n", store.display());
@@ -47,6 +47,13 @@ fn predecessor_61_cleaning_pgtest2_leaves_the_volume_of_pgwintestbios_alone() {
              UPDATE volume_operations SET volume_id = '{now}' WHERE volume_id = '{then}';"
         ));
     }
+    (maker, config, store, ids)
+}
+
+#[test]
+fn predecessor_61_cleaning_pgtest2_leaves_the_volume_of_pgwintestbios_alone() {
+    let Some(old) = Old::make(Schema::Before) else { return };
+    let (_maker, config, store, ids) = volumes_of_before(&old);
     // A disk of pgtest2 that nothing contradicts: its destroy has something to do.
     old.sql("INSERT INTO vm_disks (job_id, disk_id, ossea_volume_id) VALUES ('job-pgtest2', 'disk-2001', 5)");
     let [own, victim, _, clean] = [&ids[0], &ids[1], &ids[2], &ids[3]];
@@ -97,4 +104,62 @@ fn predecessor_61_cleaning_pgtest2_leaves_the_volume_of_pgwintestbios_alone() {
     volfs.terminate();
     volfs.launch();
     assert_eq!(volfs.value(format!("{disk}/size")), untouched.0[4]);
+}
+
+#[test]
+fn of_two_hosts_that_import_one_dump_one_gets_each_volume_and_the_other_sees_a_conflict() {
+    let Some(old) = Old::make(Schema::Before) else { return };
+    let (_maker, config, store, ids) = volumes_of_before(&old);
+    old.sql("INSERT INTO vm_disks (job_id, disk_id, ossea_volume_id) VALUES ('job-pgtest2', 'disk-2001', 5)");
+    let dump = old.dumped();
+    let mut hosts = [Volfs::prepare(&[], &config), Volfs::prepare(&[], &config)];
+    for host in &hosts {
+        ok(host, &[dump.to_str().unwrap()]);
+    }
+    for host in &mut hosts {
+        host.launch();
+    }
+    // Both are at it at the same time.
+    let both = |command: &str| {
+        std::thread::scope(|threads| {
+            let told: Vec<_> = hosts.iter().map(|host| threads.spawn(|| host.write("control", command))).collect();
+            told.into_iter().map(|t| t.join().unwrap()).collect::<Vec<_>>()
+        })
+    };
+    both("reconcile");
+    let mark = |id: &str| {
+        let meta: serde_json::Value =
+            serde_json::from_slice(&fs::read(store.join("volumes").join(id).join("meta.json")).unwrap()).unwrap();
+        meta["mark"].as_str().unwrap_or_default().to_owned()
+    };
+    let shared: Vec<&String> = ids
+        .iter()
+        .filter(|id| hosts[0].read(format!("volumes/{id}/info.json")).is_ok_and(|t| t.contains("job-")))
+        .collect();
+    assert!(shared.iter().any(|id| **id == ids[3]), "what nothing contradicts was imported: {shared:?}");
+    for id in shared {
+        let statuses = || hosts.each_ref().map(|host| host.value(format!("volumes/{id}/status")));
+        let settled = || {
+            let now = statuses();
+            now.contains(&"detached".into()) && now.contains(&"conflict".into())
+        };
+        hosts[0].until("one winner", settled);
+        let [winner, loser] = match statuses()[0] == "detached" {
+            true => [&hosts[0], &hosts[1]],
+            false => [&hosts[1], &hosts[0]],
+        };
+        let won = mark(id);
+        for host in [winner, loser] {
+            assert_eq!(host.value(format!("volumes/{id}/owner")), won);
+        }
+        // Nothing that the loser is told touches it, and what it gives up stays the winner's.
+        for command in ["attach", "resize 2M", "snapshot s", &format!("delete {id}")] {
+            let errno = loser.write(format!("volumes/{id}/control"), command);
+            assert!([libc::EPERM, libc::EBUSY].contains(&errno), "{command}: errno {errno}");
+        }
+        assert_eq!(loser.write(format!("volumes/{id}/control"), &format!("release {id}")), 0, "{}", loser.log());
+        assert_eq!(mark(id), won);
+        assert_eq!(winner.write(format!("volumes/{id}/control"), "attach"), 0, "{}", winner.log());
+        assert_eq!(winner.write(format!("volumes/{id}/control"), "detach"), 0, "{}", winner.log());
+    }
 }
