@@ -13,6 +13,7 @@ mod drift;
 mod failover;
 mod faults;
 mod identity;
+mod import;
 mod killed;
 mod lane;
 mod main_job;
