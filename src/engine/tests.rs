@@ -3,6 +3,7 @@
 
 mod admission;
 mod cloud;
+mod devices;
 mod fakes;
 mod imported;
 mod jobs;
