@@ -104,6 +104,7 @@ fn an_import_beside_a_daemon_or_over_what_has_not_ended_is_refused() {
     on.set_env(&[]);
     let _ = std::process::Command::new("umount").arg("-l").arg(on.root()).status();
     on.launch();
+    on.until("the end of what was left", || on.value("jobs/j/status").starts_with("idle"));
     on.terminate();
     assert!(ok(&on, &[dump]).contains("3 jobs, 2 volumes in jobs, 5 in none"));
     let read_only = run(&on, &["--read-only", dump], &[]);
