@@ -22,8 +22,9 @@ use crate::failpoint;
 use crate::model::{Caller, DiskName, DiskRow, Fence, JobId, JobRow, OpId, Outcome, Status, Timestamp, Verb};
 use crate::store::{Change, OpRow};
 
-/// How long a namespace call or a value waits for its commit (rule R6).
-const COMMIT_WAIT: Duration = Duration::from_secs(1);
+/// How long a namespace call or a value waits for its commit: its caller is answered within the second
+/// of rule R6. Nobody else may end that wait before: what is refused here is taken back.
+const COMMIT_WAIT: Duration = Duration::from_millis(900);
 
 /// A change that is journaled and done in one commit: mkdir, rmdir, and the values.
 struct Small {

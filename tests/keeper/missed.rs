@@ -44,7 +44,9 @@ fn what_was_committed_and_not_told_when_the_daemon_was_killed_is_told_once_by_th
     // Its end is committed, and the daemon killed before it could tell.
     fs::write(&gate, "").unwrap();
     let attaching = volfs.sh_spawn(&["dash"], "echo attach > $R/jobs/a/disks/d/control");
-    volfs.until("attaching", || volfs.value("jobs/a/disks/d/status") == "attaching");
+    // Its beginning is committed by then, and the next commit is that of its end.
+    let before_the_call = || volfs.read("jobs/a/disks/d/info.json").is_ok_and(|t| t.contains("the cloud attaches it"));
+    volfs.until("the step before the call", before_the_call);
     let old = volfs.kept_pid().unwrap();
     fs::write(&ended, "").unwrap();
     fs::remove_file(&gate).unwrap();

@@ -35,8 +35,8 @@ fn waits(child: &Child) -> bool {
     ["fuse", "request_wait"].iter().any(|part| state.contains(part))
 }
 
-/// SIGKILL, and how long until it is gone.
-fn killed(mut child: Child, what: &str) -> Duration {
+/// SIGKILL, and how long until it is gone; `None` if it had ended by itself.
+fn killed(mut child: Child, what: &str) -> Option<Duration> {
     let began = Instant::now();
     child.kill().unwrap();
     let status = loop {
@@ -47,9 +47,8 @@ fn killed(mut child: Child, what: &str) -> Duration {
         std::thread::sleep(Duration::from_millis(1));
     };
     let took = began.elapsed();
-    assert_eq!(status.signal(), Some(libc::SIGKILL), "{what} had ended: {status:?}");
     assert!(took < REPLY, "{what} was killed after {took:?}");
-    took
+    (status.signal() == Some(libc::SIGKILL)).then_some(took)
 }
 
 fn held(volfs: &mut Volfs) -> Gate {
@@ -82,11 +81,12 @@ fn l4_every_kind_of_waiting_caller_is_killed_within_a_second() {
             ended = child.try_wait().unwrap().is_some();
             ended || waits(&child)
         });
-        if ended {
+        // One that is refused at once may have been on its way, and not waiting.
+        let took = if ended { None } else { killed(child, what) };
+        let Some(took) = took else {
             assert!(["destroy", "job", "reconcile", "join"].contains(&what), "{what} did not wait");
             continue;
-        }
-        let took = killed(child, what);
+        };
         count += 1;
         worst = worst.max((took, what));
     }
@@ -125,7 +125,8 @@ fn l4_l6_who_comes_while_the_daemon_is_stopped_is_killed_within_a_second_and_it_
     ];
     let all: Vec<_> = scripts.iter().map(|script| (caller(&volfs, script), *script)).collect();
     volfs.until("all wait", || all.iter().all(|(child, _)| waits(child)));
-    let worst = all.into_iter().map(|(child, what)| killed(child, what)).max().unwrap();
+    let killed = |(child, what): (Child, &str)| killed(child, what).unwrap_or_else(|| panic!("{what} had ended"));
+    let worst = all.into_iter().map(killed).max().unwrap();
     println!("{} callers of a stopped daemon, killed within {worst:?}", scripts.len());
     let waiting = volfs.sh_spawn(&["dash"], "echo attach > $R/jobs/j/disks/on/control && head -n 1 $R/health");
     signal(libc::SIGCONT);
