@@ -169,18 +169,26 @@ impl Engine {
     pub(super) async fn conclude(self: &Arc<Self>, live: Live, acted: Acted) {
         let verb = live.action.verb();
         failpoint::reach(&format!("{verb}.acted")).await;
-        while !live.take_end() {
-            if !self.core.lock().owns(&live) {
-                tracing::warn!(operation = %live.id, %verb, "a late answer: the operation had been abandoned; ignored");
-                return;
-            }
-            // An `abandon` is at the record with its end, and gives it back if the record does not take it.
-            tokio::time::sleep(LOOK_AGAIN).await;
+        if !self.takes_end(&live).await {
+            tracing::warn!(operation = %live.id, %verb, "a late answer: the operation had been abandoned; ignored");
+            return;
         }
         match acted {
             Ok(done) => self.succeeded(live, done).await,
             Err(fail) => self.failed(live, fail).await,
         }
+    }
+
+    /// Takes the right to end an operation; false once somebody else has ended it. An `abandon` that is at
+    /// the record with its end gives it back if the record does not take it.
+    pub(super) async fn takes_end(&self, live: &Live) -> bool {
+        while !live.take_end() {
+            if !self.core.lock().owns(live) {
+                return false;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        true
     }
 
     async fn succeeded(self: &Arc<Self>, live: Live, done: Done) {

@@ -167,7 +167,7 @@ impl Engine {
                     return;
                 }
                 Found::Failed(fail) => {
-                    if live.take_end() {
+                    if self.takes_end(&live).await {
                         self.failed(live, fail).await;
                     }
                     return;
@@ -219,7 +219,7 @@ impl Engine {
     }
 
     async fn interrupted(self: &Arc<Self>, live: Live, error: Error) {
-        if !live.take_end() {
+        if !self.takes_end(&live).await {
             return;
         }
         let at = (self.clock)();

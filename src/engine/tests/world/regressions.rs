@@ -160,4 +160,19 @@ pub const ALL: &[Regression] = &[
             Pass(1500),
         ],
     ),
+    (
+        "what a crash left was to end while an abandon was at the record, which then refused it: nobody ended it",
+        486_174,
+        &[
+            Do(1, Attach),
+            Pass(7000),
+            Arm(Point::Find, KillAfter),
+            Arm(Point::End, LateAnswer(50)),
+            Arm(Point::End, JobFails(9000)),
+            Do(3, Destroy),
+            Pass(30000),
+            Step::Abandon,
+            Pass(30000),
+        ],
+    ),
 ];
