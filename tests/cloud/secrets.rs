@@ -2,25 +2,12 @@
 //! signed with them are nowhere that anybody can read.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use fakecloud::{Fault, Kind, Options};
 
+use crate::common::everything;
 use crate::site::{Site, write_keys};
-
-/// Every file below that can be read, with its bytes. Links, devices and streams are left out.
-fn everything(below: &Path, found: &mut Vec<(PathBuf, Vec<u8>)>) {
-    for entry in fs::read_dir(below).into_iter().flatten().flatten() {
-        let (path, kind) = (entry.path(), entry.file_type().unwrap());
-        if kind.is_dir() {
-            everything(&path, found);
-        } else if kind.is_file() {
-            // A value that cannot be told has no bytes.
-            found.extend(fs::read(&path).ok().map(|bytes| (path, bytes)));
-        }
-    }
-}
 
 fn holds(bytes: &[u8], word: &str) -> bool {
     bytes.windows(word.len()).any(|w| w.eq_ignore_ascii_case(word.as_bytes()))

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::common::{Said, Volfs, said_of};
+use crate::common::{Said, Volfs, everything, said_of};
 use crate::server::{Old, Schema, volfs};
 
 /// Every file of a directory with its content, but for the lock.
@@ -126,19 +126,6 @@ fn an_import_into_an_older_copy_of_the_record_is_refused() {
     assert!(said.status == 1 && said.err.contains("adopt --this-host"), "{said:?}");
     assert!(said.err.contains("nothing was imported"), "{said:?}");
     assert_eq!(contents(&on.state()), before);
-}
-
-/// Every file below that can be read. Links, devices and streams are left out.
-fn everything(below: &Path, found: &mut Vec<(PathBuf, Vec<u8>)>) {
-    for entry in fs::read_dir(below).into_iter().flatten().flatten() {
-        let (path, kind) = (entry.path(), entry.file_type().unwrap());
-        if kind.is_dir() {
-            everything(&path, found);
-        } else if kind.is_file() {
-            // A value that cannot be told has no bytes.
-            found.extend(fs::read(&path).ok().map(|bytes| (path, bytes)));
-        }
-    }
 }
 
 #[test]

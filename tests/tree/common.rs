@@ -499,3 +499,16 @@ impl Drop for Volfs {
         }
     }
 }
+
+/// Every file below that can be read, with its bytes. Links, devices and streams are left out.
+pub fn everything(below: &Path, found: &mut Vec<(PathBuf, Vec<u8>)>) {
+    for entry in fs::read_dir(below).into_iter().flatten().flatten() {
+        let (path, kind) = (entry.path(), entry.file_type().unwrap());
+        if kind.is_dir() {
+            everything(&path, found);
+        } else if kind.is_file() {
+            // A value that cannot be told has no bytes.
+            found.extend(fs::read(&path).ok().map(|bytes| (path, bytes)));
+        }
+    }
+}

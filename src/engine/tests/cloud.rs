@@ -8,11 +8,7 @@ use super::fakes::*;
 use crate::cloud::{Attachment, CloudVolume, Refusal};
 use crate::command::Action;
 use crate::error::{Errno, Error};
-use crate::model::{DiskRow, Mark, RecordId, Status, VolumeId};
-
-fn on(row: DiskRow) -> Target {
-    Target::Volume(row)
-}
+use crate::model::{Mark, RecordId, Status, VolumeId};
 
 fn pend(lab: &Lab, volume: VolumeId, job: Option<&str>) {
     lab.state().sky.volumes.get_mut(&volume).unwrap().pending = job.map(str::to_owned);

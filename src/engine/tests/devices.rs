@@ -8,10 +8,6 @@ use crate::command::Action;
 use crate::error::Errno;
 use crate::model::{Status, VmId};
 
-fn on(row: crate::model::DiskRow) -> Target {
-    Target::Volume(row)
-}
-
 #[tokio::test(start_paused = true)]
 async fn attach_without_any_event_still_completes_by_looking() {
     let lab = Lab::new();

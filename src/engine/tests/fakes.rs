@@ -228,6 +228,10 @@ pub fn user() -> Caller {
     Caller { uid: 1000, gid: 1000, pid: 4712, comm: "sh".into() }
 }
 
+pub fn on(row: DiskRow) -> Target {
+    Target::Volume(row)
+}
+
 pub fn disk_name(text: &str) -> DiskName {
     DiskName::parse(text).unwrap()
 }

@@ -11,10 +11,6 @@ use crate::command::Action;
 use crate::error::{Errno, Error};
 use crate::model::{DiskRow, Mark, Outcome, RecordId, Status, Verb, VolumeId};
 
-fn on(row: DiskRow) -> Target {
-    Target::Volume(row)
-}
-
 fn reconcile() -> Action {
     Action::Reconcile { vm: None }
 }

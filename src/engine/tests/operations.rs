@@ -10,10 +10,6 @@ use crate::error::{Errno, Error};
 use crate::model::{Outcome, Slot, Status, VmId};
 use crate::store::Change;
 
-fn on(row: crate::model::DiskRow) -> Target {
-    Target::Volume(row)
-}
-
 #[tokio::test(start_paused = true)]
 async fn c3_attach_is_journaled_before_the_call_and_recorded_with_its_end() {
     let lab = Lab::new();
